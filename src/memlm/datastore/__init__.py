@@ -1,0 +1,8 @@
+"""The datastore: entries and documents on disk."""
+
+from ._datastore import Datastore as Datastore
+from ._datastore import Provenance as Provenance
+from ._manifest import FORMAT_VERSION as FORMAT_VERSION
+from ._manifest import Manifest as Manifest
+
+__all__ = ["FORMAT_VERSION", "Datastore", "Manifest", "Provenance"]

@@ -1,0 +1,274 @@
+"""A datastore opened for reading and searching."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, DatastoreCorrupt, ShapeError
+from ..index import Index, build_index, open_index
+from ..neighbors import Neighbors
+from ._build import Encoder, build_segments
+from ._manifest import Manifest, Part
+from ._segment import Segment, text_sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where an entry comes from.
+
+    Attributes:
+        document: Id of its document.
+        position: Number of the entry within the document.
+        start: Character offset in the document's text at which the stored token begins.
+        stop: Offset at which it ends; equal to `start` at the end of the text.
+        before: Text before it.
+        token: Its own text; "" for the end of the text.
+        after: Text after it.
+        metadata: Of the document.
+    """
+
+    document: str
+    position: int
+    start: int
+    stop: int
+    before: str
+    token: str
+    after: str
+    metadata: dict[str, Any]
+
+
+class Datastore:
+    """Entries (key, value) of every token of a corpus, on disk, with the documents they come from.
+
+    Open one with `Datastore(path)`, make one with `Datastore.build`.
+
+    Args:
+        path: Folder of the datastore.
+        verify: Compare every file with its checksum; otherwise only with its size.
+
+    Raises:
+        DatastoreError: There is none, it is damaged, or it was written by a newer memlm.
+    """
+
+    def __init__(self, path: str | Path, *, verify: bool = True) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.load(self.path)
+        for part in self.manifest.segments:
+            part.check(self.path / "segments", contents=verify)
+        try:
+            key_settings = {"key_dtype": self.manifest.keys["dtype"], "key_width": self.manifest.keys["width"]}
+            self._segments = [
+                Segment(self.path / "segments", part, **key_settings) for part in self.manifest.segments
+            ]
+        except (KeyError, TypeError) as error:
+            raise DatastoreCorrupt(f"the manifest of {self.path} lacks {error}; restore it or build again") from error
+        self._starts = np.cumsum([0] + [segment.entries for segment in self._segments])  # first entry of each segment
+        self.values = np.concatenate([segment.values for segment in self._segments])
+        self.index: Index = open_index(self, self.path / "index", self.manifest.index, verify=verify)
+
+    @classmethod
+    def build(
+        cls,
+        encoder: Encoder,
+        source: Any,
+        path: str | Path,
+        *,
+        index: str = "auto",
+        key_dtype: str = "float16",
+        segment_entries: int = 1 << 20,
+        show_progress: bool = True,
+    ) -> Datastore:
+        """Store every token of a corpus: what the model saw before it, and which token it was.
+
+        Args:
+            encoder: A `LanguageModel`.
+            source: Documents; anything that `Corpus` takes.
+            path: Folder to make.
+            index: "auto", "exact", or a FAISS factory string; see `build_index`.
+            key_dtype: "float16" or "bfloat16".
+            segment_entries: Entries a segment, about; a document is never divided. Bounds the text held in memory.
+            show_progress: Show rate on stderr.
+
+        Raises:
+            CorpusError: No text, or unreadable text.
+            DatastoreError: The folder is taken, the disk is full, keys are not finite, or the index cannot be built.
+        """
+        path = Path(path)
+        build_segments(
+            encoder,
+            source,
+            path,
+            key_dtype=key_dtype,
+            segment_entries=segment_entries,
+            show_progress=show_progress,
+        )
+        datastore = cls(path, verify=False)
+        datastore.build_index(index)
+        return datastore
+
+    def build_index(self, factory: str = "auto") -> None:
+        """Build another search index and publish it as a new version of the datastore."""
+        part = build_index(self, self.path / "index", factory, name=f"{self.manifest.version + 1:06d}")
+        if part is None and self.manifest.index is None:
+            return
+        self.manifest = self.manifest.with_index(part)
+        self.manifest.publish(self.path)
+        self.index = open_index(self, self.path / "index", part, verify=False)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a key."""
+        return self.manifest.keys["width"]
+
+    @property
+    def key_dtype(self) -> str:
+        """Type in which keys are stored."""
+        return self.manifest.keys["dtype"]
+
+    def key_blocks(self, rows: int = 1 << 16) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Yield (first entry, keys as float32 of shape (at most `rows`, width)) over the whole datastore."""
+        for start, segment in zip(self._starts, self._segments, strict=False):
+            for first in range(0, segment.entries, rows):
+                yield int(start) + first, segment.keys[first : first + rows].float().numpy()
+
+    def gather_keys(self, entries: npt.NDArray[np.int64]) -> Tensor:
+        """Return the stored keys of some entries, in the type of storage, shape (n, width)."""
+        if len(self._segments) == 1:
+            return self._segments[0].keys[torch.from_numpy(entries)]
+        result = torch.empty((len(entries), self.width), dtype=self._segments[0].keys.dtype)
+        owners = np.searchsorted(self._starts, entries, side="right") - 1
+        for number in np.unique(owners):
+            mine = np.flatnonzero(owners == number)
+            rows = torch.from_numpy(entries[mine] - self._starts[number])
+            result[torch.from_numpy(mine)] = self._segments[number].keys[rows]
+        return result
+
+    def search(
+        self, queries: npt.NDArray[np.float32], k: int, exclude: npt.NDArray[np.int64] | None = None
+    ) -> Neighbors:
+        """Find the nearest entries.
+
+        Args:
+            queries: float32, shape (n, width).
+            k: Neighbors a query.
+            exclude: Range of entries [from, to) that each query must not find, int64, shape (n, 2); None excludes
+                nothing. `document_range` gives the range of a document.
+
+        Returns:
+            Neighbors of shape (n, k); fewer are marked absent.
+
+        Raises:
+            ConfigError: k is larger than the datastore.
+            ShapeError: Queries have another width.
+        """
+        if not 1 <= k <= len(self):
+            raise ConfigError(f"k is {k}; expected 1 to {len(self)}, the number of entries in {self.path}")
+        if queries.ndim != 2 or queries.shape[1] != self.width:
+            raise ShapeError(f"queries have shape {queries.shape}; expected (n, {self.width})")
+        if not np.isfinite(queries).all():
+            raise ShapeError("queries hold NaN or infinite numbers; check the model's weights and its dtype")
+        queries = np.ascontiguousarray(queries, np.float32)
+        if exclude is None or not len(queries):
+            return self.index.search(queries, k, (0, 0)) if len(queries) else Neighbors.empty(0, k)
+        ranges, group = np.unique(exclude, axis=0, return_inverse=True)
+        result = Neighbors.empty(len(queries), k)
+        for number, (first, stop) in enumerate(ranges):
+            mine = np.flatnonzero(group.ravel() == number)
+            found = self.index.search(queries[mine], k, (int(first), int(stop)))
+            for whole, part in zip(result, found, strict=True):
+                whole[mine] = part
+        return result
+
+    def lookup(
+        self, queries: npt.NDArray[np.float32], k: int, exclude: npt.NDArray[np.int64] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the nearest entries' distances, values and presence, as tensors of shape (n, k)."""
+        found = self.search(queries, k, exclude)
+        tokens = self.values[found.entries].astype(np.int64)
+        return torch.from_numpy(found.distances), torch.from_numpy(tokens), torch.from_numpy(found.present)
+
+    def document_range(self, text: str) -> tuple[int, int]:
+        """Return the entries [from, to) of the document with this very text; (0, 0) if it is not stored."""
+        name = text_sha256(text)
+        for start, segment in zip(self._starts, self._segments, strict=False):
+            number = segment.content.get(name)
+            if number is not None:
+                return int(start + segment.entry_starts[number]), int(start + segment.entry_starts[number + 1])
+        return 0, 0
+
+    def provenance(self, entry: int, context: int = 60) -> Provenance:
+        """Tell where an entry comes from, with `context` characters on either side.
+
+        Raises:
+            ConfigError: There is no such entry.
+        """
+        if not 0 <= entry < len(self):
+            raise ConfigError(f"entry is {entry}; expected 0 to {len(self) - 1}")
+        number = int(np.searchsorted(self._starts, entry, side="right")) - 1
+        segment, row = self._segments[number], entry - int(self._starts[number])
+        place = int(np.searchsorted(segment.entry_starts, row, side="right")) - 1
+        document = segment.document(place)
+        text = document["text"]
+        start, stop = (int(value) for value in segment.spans[row])
+        if row > segment.entry_starts[place]:
+            start = min(start, int(segment.spans[row - 1, 1]))  # white space that the tokenizer left out
+        return Provenance(
+            document=document["id"],
+            position=row - int(segment.entry_starts[place]),
+            start=start,
+            stop=stop,
+            before=text[max(0, start - context) : start],
+            token=text[start:stop],
+            after=text[stop : stop + context],
+            metadata=document["metadata"],
+        )
+
+    def documents(self) -> Iterator[dict[str, Any]]:
+        """Yield id, sha256, metadata, text and `entries` [from, to) of every document."""
+        for start, segment in zip(self._starts, self._segments, strict=False):
+            for number in range(segment.documents):
+                first, stop = segment.entry_starts[number : number + 2] + start
+                yield {**segment.document(number), "entries": (int(first), int(stop))}
+
+    def entry_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield the entries [from, to) of every document, in order."""
+        for start, segment in zip(self._starts, self._segments, strict=False):
+            for first, stop in zip(segment.entry_starts, segment.entry_starts[1:], strict=False):
+                yield int(start + first), int(start + stop)
+
+    def info(self) -> dict[str, Any]:
+        """Return numbers, sizes and settings, as plain values."""
+        manifest = self.manifest
+        parts: list[Part] = [*manifest.segments, *([manifest.index] if manifest.index else [])]
+        return {
+            "path": str(self.path),
+            "version": manifest.version,
+            "created": manifest.created,
+            "entries": len(self),
+            "documents": manifest.documents,
+            "bytes": sum(file["bytes"] for part in parts for file in part.files.values()),
+            "segments": len(manifest.segments),
+            "encoder": manifest.encoder,
+            "tokenizer": manifest.tokenizer,
+            "windows": manifest.windows,
+            "keys": manifest.keys,
+            "values": manifest.values,
+            "corpus": manifest.corpus,
+            "index": manifest.index.details if manifest.index else {"kind": "exact"},
+        }
+
+    def __repr__(self) -> str:
+        return f"Datastore({str(self.path)!r}, {len(self):,} entries, {self.manifest.documents:,} documents)"
+
+

@@ -1,0 +1,177 @@
+"""The manifest: what a version of a datastore consists of, and what it is bound to."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import DatastoreCorrupt, DatastoreError, DatastoreMismatch, FormatVersionError
+from ..files import file_sha256, write_json
+
+FORMAT = "memlm-datastore"
+FORMAT_VERSION = 1
+_NAME = re.compile(r"manifest-(\d{6,})\.json")
+_PART = re.compile(r"[0-9a-z-]+")
+_FILE = re.compile(r"[0-9a-z]+\.[0-9a-z]+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A segment or an index: a folder of immutable files.
+
+    Attributes:
+        name: Of the folder.
+        files: File name → {"bytes", "sha256"}.
+        details: What kind of part needs: a segment's numbers of entries and documents, an index's settings.
+    """
+
+    name: str
+    files: dict[str, dict[str, Any]]
+    details: dict[str, Any]
+
+    def check(self, folder: Path, *, contents: bool = True) -> None:
+        """Compare the files in a folder with their sizes and, if `contents`, with their checksums.
+
+        Raises:
+            DatastoreCorrupt: A file is missing, has another size or other content.
+        """
+        for name, expected in self.files.items():
+            path = folder / self.name / name
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise DatastoreCorrupt(f"{path} is missing; restore it from a copy or build again") from error
+            if size != expected["bytes"]:
+                raise DatastoreCorrupt(
+                    f"{path} has {size} bytes; expected {expected['bytes']}: it was truncated or changed; restore it "
+                    "from a copy or build again"
+                )
+            if contents and file_sha256(path) != expected["sha256"]:
+                raise DatastoreCorrupt(
+                    f"{path} does not match its checksum: its content was changed or damaged; restore it from a copy or "
+                    "build again"
+                )
+
+    @classmethod
+    def describe(cls, folder: Path, name: str, details: dict[str, Any]) -> Part:
+        """Describe the files that lie in `folder/name` now."""
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in sorted((folder / name).iterdir())
+        }
+        return cls(name=name, files=files, details=details)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """One version of a datastore; see docs/datastore-format.md for every field."""
+
+    version: int
+    created: str
+    created_by: str
+    encoder: dict[str, Any]
+    tokenizer: dict[str, Any]
+    windows: dict[str, int]
+    metric: str
+    keys: dict[str, Any]
+    values: dict[str, Any]
+    corpus: dict[str, Any]
+    segments: tuple[Part, ...]
+    index: Part | None
+
+    @property
+    def entries(self) -> int:
+        """Entries in all segments."""
+        return sum(segment.details["entries"] for segment in self.segments)
+
+    @property
+    def documents(self) -> int:
+        """Documents in all segments."""
+        return sum(segment.details["documents"] for segment in self.segments)
+
+    def publish(self, path: Path) -> None:
+        """Make this the current version of the datastore at `path`, in one step."""
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        write_json(path / f"manifest-{self.version:06d}.json", content)
+
+    def with_index(self, index: Part | None) -> Manifest:
+        """Return the next version, with another index."""
+        return replace(self, version=self.version + 1, index=index)
+
+    def check_encoder(self, architecture: str, sha256: str) -> None:
+        """Raise DatastoreMismatch unless the keys were made by this encoder."""
+        if sha256 != self.encoder["sha256"]:
+            raise DatastoreMismatch(
+                f"the datastore holds keys of {self.encoder['name']} ({self.encoder['architecture']}, "
+                f"{self.encoder['sha256'][:12]}), but the model given is a {architecture} with fingerprint {sha256[:12]}; "
+                "use that model, or build a datastore for this one"
+            )
+
+    def check_bound(self, identity: dict[str, Any]) -> None:
+        """Raise DatastoreMismatch unless encoder, tokenizer and key site are those the datastore was built with."""
+        other = identity["encoder"]
+        if other["sha256"] != self.encoder["sha256"]:
+            raise DatastoreMismatch(
+                f"the datastore was built with {self.encoder['name']} ({self.encoder['sha256'][:12]}), but the model "
+                f"given is {other['name']} ({other['sha256'][:12]}); use that model, or build a datastore for this one"
+            )
+        if identity["tokenizer"]["sha256"] != self.tokenizer["sha256"]:
+            raise DatastoreMismatch(
+                f"the datastore was built with the tokenizer {self.tokenizer['sha256'][:12]} of {self.encoder['name']}, "
+                f"but the one given is {identity['tokenizer']['sha256'][:12]} of {other['name']}; token ids would mean "
+                "other text: use the same tokenizer"
+            )
+        if other["key_site"] != self.encoder["key_site"]:
+            raise DatastoreMismatch(
+                f"the datastore holds keys from {_site(self.encoder)}, but the model is read at {_site(other)}; pass "
+                f"key_site={self.encoder['key_site']['name']!r}"
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read the current version of the datastore at `path`.
+
+        Raises:
+            DatastoreError: There is no datastore.
+            FormatVersionError: It was written by a newer memlm.
+            DatastoreCorrupt: The manifest is damaged, or names files outside the datastore.
+        """
+        found = [(int(match[1]), name) for name in _names(path) if (match := _NAME.fullmatch(name))]
+        if not found:
+            raise DatastoreError(f"{path} holds no datastore; `memlm build` makes one")
+        file = path / max(found)[1]
+        try:
+            content = json.loads(file.read_text())
+            if content["format"] != FORMAT:
+                raise ValueError(f"its format is {content['format']!r}")
+            if content["format_version"] > FORMAT_VERSION:
+                raise FormatVersionError(
+                    f"{path} has format version {content['format_version']}; this memlm reads up to {FORMAT_VERSION}: "
+                    "install a newer memlm"
+                )
+            content.pop("format"), content.pop("format_version")
+            segments = tuple(_part(item) for item in content.pop("segments"))
+            index = content.pop("index")
+            return cls(**content, segments=segments, index=_part(index) if index else None)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DatastoreCorrupt(
+                f"{file} is not a sound manifest ({type(error).__name__}: {error}); restore it from a copy or build again"
+            ) from error
+
+
+def _names(path: Path) -> list[str]:
+    return [item.name for item in path.iterdir()] if path.is_dir() else []
+
+
+def _site(encoder: dict[str, Any]) -> str:
+    return f"{encoder['key_site']['path']} ({encoder['key_site']['tensor']})"
+
+
+def _part(item: dict[str, Any]) -> Part:
+    part = Part(**item)
+    if not _PART.fullmatch(part.name) or not all(_FILE.fullmatch(name) for name in part.files):
+        raise ValueError(f"unsafe file names in part {part.name!r}")
+    return part

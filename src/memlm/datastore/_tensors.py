@@ -1,0 +1,71 @@
+"""Tensors in safetensors files, as memory maps: written in place, read without copying."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import safetensors
+
+from ..errors import DatastoreCorrupt
+
+# safetensors name → NumPy type of the map; bfloat16, which NumPy lacks, is mapped as int16
+_TYPES = {"F16": np.float16, "BF16": np.int16, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def create_tensors(path: Path, layout: Layout) -> dict[str, np.ndarray]:
+    """Create a safetensors file and return its tensors as writable maps, all zero.
+
+    The whole file is reserved first, so that a full disk is an error here and not a crash while the map is written.
+
+    Args:
+        path: Must not exist.
+        layout: Name → (safetensors type, shape), in the order of the file.
+
+    Raises:
+        OSError: The file cannot be made, or the disk is full.
+    """
+    header: dict[str, object] = {}
+    end = 0
+    for name, (kind, shape) in layout.items():
+        start, end = end, end + int(np.prod(shape, dtype=np.int64)) * np.dtype(_TYPES[kind]).itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + max(end, 1))
+        file.truncate(8 + len(text) + end)
+    return _maps(path, "r+")
+
+
+def open_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Map the tensors of a safetensors file.
+
+    Raises:
+        DatastoreCorrupt: The file is missing or is not a sound safetensors file.
+    """
+    try:
+        with safetensors.safe_open(path, framework="np"):
+            pass  # checks header, sizes and offsets
+        return _maps(path, "c")  # copy on write: nothing reaches the file, and torch takes it without a warning
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        raise DatastoreCorrupt(f"{path} cannot be read ({error}); restore it from a copy or build again") from error
+
+
+def _maps(path: Path, mode: str) -> dict[str, np.ndarray]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    maps: dict[str, np.ndarray] = {}
+    for name, item in header.items():
+        kind, shape, (start, end) = _TYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
+        if start == end:
+            maps[name] = np.zeros(shape, kind)  # an empty map is not allowed
+        else:
+            maps[name] = np.memmap(path, kind, mode, offset=8 + length + start, shape=shape)
+    return maps

@@ -1,0 +1,29 @@
+"""Evaluation: perplexity, tuning, explanation, overlap."""
+
+from ._evaluate import Evaluation as Evaluation
+from ._evaluate import Result as Result
+from ._evaluate import evaluate as evaluate
+from ._explain import explain as explain
+from ._explanation import ExplainedToken as ExplainedToken
+from ._explanation import Explanation as Explanation
+from ._explanation import Source as Source
+from ._overlap import Overlap as Overlap
+from ._overlap import overlap as overlap
+from ._tune import Tuning as Tuning
+from ._tune import tune as tune
+from ._tune import tune_report as tune_report
+
+__all__ = [
+    "Evaluation",
+    "ExplainedToken",
+    "Explanation",
+    "Overlap",
+    "Result",
+    "Source",
+    "Tuning",
+    "evaluate",
+    "explain",
+    "overlap",
+    "tune",
+    "tune_report",
+]

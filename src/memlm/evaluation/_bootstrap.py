@@ -1,0 +1,47 @@
+"""Intervals for a difference of two methods on the same tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+_BLOCK = 2048  # tokens a block where there are few documents
+_FEW_DOCUMENTS = 20
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval, and what was resampled ("documents" or "blocks of 2,048 tokens")."""
+
+    mean: float
+    low: float
+    high: float
+    unit: str
+
+
+def paired_bootstrap(
+    differences: npt.NDArray[np.float64], documents: npt.NDArray[np.int64], *, samples: int = 2000, seed: int = 0
+) -> Interval:
+    """Bootstrap the mean of per-token differences, by document, or by contiguous blocks where documents are few.
+
+    Args:
+        differences: Of the two methods' log probabilities, float64, shape (n,), in the order of the text; n ≥ 1.
+        documents: Document of each token, int64, shape (n,).
+        samples: Resamples.
+        seed: Of the resampling.
+
+    Returns:
+        Mean and percentile interval. With fewer than two units the interval is infinitely wide.
+    """
+    by_document = len(np.unique(documents)) >= _FEW_DOCUMENTS
+    group = np.unique(documents, return_inverse=True)[1] if by_document else np.arange(len(differences)) // _BLOCK
+    unit = "documents" if by_document else "blocks of 2,048 tokens"
+    sums, counts = np.bincount(group, differences), np.bincount(group)
+    mean = float(differences.mean())
+    if len(sums) < 2:
+        return Interval(mean, -np.inf, np.inf, unit)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(mean, float(low), float(high), unit)

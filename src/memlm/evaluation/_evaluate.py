@@ -1,0 +1,198 @@
+"""Perplexity with and without the memory, on the same tokens."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..datastore import Datastore
+from ..mixtures import KnnMixture
+from ..models import LanguageModel
+from ._bootstrap import Interval, paired_bootstrap
+from ._retrieval import Text, retrieve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One method on a text.
+
+    Attributes:
+        method: "lm" or the mixture's kind.
+        nats: Total negative log likelihood.
+        tokens: Targets scored, the end of every document included.
+        words: White-space separated words in the text.
+        bytes: UTF-8 bytes in the text.
+        seconds: Time that scoring took.
+    """
+
+    method: str
+    nats: float
+    tokens: int
+    words: int
+    bytes: int
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """Per token."""
+        return _exp(self.nats / self.tokens)
+
+    @property
+    def word_perplexity(self) -> float:
+        """Per word: the same total, divided among fewer units."""
+        return _exp(self.nats / max(1, self.words))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits a byte of text."""
+        return self.nats / math.log(2) / max(1, self.bytes)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Targets scored in a second."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "method": self.method,
+            "perplexity": self.perplexity,
+            "word_perplexity": self.word_perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "byte_perplexity": 2**self.bits_per_byte,
+            "nats": self.nats,
+            "tokens": self.tokens,
+            "words": self.words,
+            "bytes": self.bytes,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The model alone and the mixture, token by token.
+
+    Attributes:
+        results: One a method; the model alone comes first.
+        gain: Nats a token that the mixture gains, with its interval.
+        helped: Share of tokens that the mixture makes more likely by more than 1 %.
+        hurt: Share that it makes less likely by more than 1 %.
+        settings: Mixture, windows and memory.
+        targets: Int64, shape (tokens,).
+        lm_log_probs: Natural logs, float64, shape (tokens,).
+        log_probs: Of the mixture, same shape.
+        documents: Number of each token's document, int64, same shape.
+    """
+
+    results: tuple[Result, ...]
+    gain: Interval
+    helped: float
+    hurt: float
+    settings: dict[str, Any]
+    targets: npt.NDArray[np.int64]
+    lm_log_probs: npt.NDArray[np.float64]
+    log_probs: npt.NDArray[np.float64]
+    documents: npt.NDArray[np.int64]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table, the gain and the settings as plain values."""
+        gain = {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in self.gain._asdict().items()}  # fmt: skip
+        return {
+            "results": [result.to_dict() for result in self.results],
+            "gain": gain,
+            "helped": self.helped,
+            "hurt": self.hurt,
+            "settings": self.settings,
+        }
+
+    def __str__(self) -> str:
+        header = f"{'method':<10}{'perplexity/token':>18}{'/word':>12}{'bits/byte':>11}{'tokens/s':>11}"
+        lines = [header]
+        for item in self.results:
+            word = f"{item.word_perplexity:,.1f}" if item.word_perplexity < 1e7 else f"{item.word_perplexity:.2e}"
+            lines.append(
+                f"{item.method:<10}{item.perplexity:>18,.2f}{word:>12}{item.bits_per_byte:>11.3f}"
+                f"{item.tokens_per_second:>11,.0f}"
+            )
+        first, last = self.results[0], self.results[-1]
+        lines.append(
+            f"{first.tokens:,} tokens; perplexity {100 * (last.perplexity / first.perplexity - 1):+.1f} %; gain "
+            f"{self.gain.mean:.3f} nats a token, 95 % interval [{self.gain.low:.3f}, {self.gain.high:.3f}] over "
+            f"{self.gain.unit}; {100 * self.helped:.0f} % of tokens helped, {100 * self.hurt:.0f} % hurt"
+        )
+        return "\n".join(lines)
+
+
+def evaluate(
+    lm: LanguageModel,
+    source: Any,
+    memory: Datastore,
+    mixture: KnnMixture,
+    *,
+    max_tokens: int | None = None,
+    leave_out_own: bool = True,
+    show_progress: bool = True,
+) -> Evaluation:
+    """Score text by the model alone and by the mixture, in one pass.
+
+    Times are of the same pass: the model's forward alone, and forward, search and mixing together.
+
+    Args:
+        lm: The model that made the datastore's keys.
+        source: Text neither stored in the datastore nor tuned on; documents that are stored do not see their own
+            entries.
+        memory: The datastore.
+        mixture: How to mix.
+        max_tokens: Targets scored; None scores all.
+        leave_out_own: False lets a stored document find itself, which measures nothing but that storing works.
+        show_progress: Show rate and time left on stderr.
+
+    Raises:
+        CorpusError: No text.
+        DatastoreMismatch: The datastore was built with another model, tokenizer or key site.
+    """
+    text = Text(lm, source, max_tokens)
+    targets = np.zeros(text.tokens, np.int64)
+    lm_log_probs, log_probs = np.zeros(text.tokens), np.zeros(text.tokens)
+    model_seconds = memory_seconds = 0.0
+    batches = retrieve(lm, text, memory, mixture.k, leave_out_own=leave_out_own, show_progress=show_progress)
+    for batch in batches:
+        started = time.perf_counter()
+        mixed = mixture.target_log_probs(
+            batch.lm_log_probs, batch.targets, batch.distances, batch.tokens, batch.present
+        )
+        memory_seconds += batch.search_seconds + time.perf_counter() - started
+        model_seconds += batch.model_seconds
+        rows = batch.rows.numpy()
+        targets[rows], lm_log_probs[rows], log_probs[rows] = batch.targets, batch.lm_log_probs, mixed
+    difference = log_probs - lm_log_probs
+    documents = text.document_of_target
+    sizes = {"tokens": text.tokens, "words": text.words, "bytes": text.bytes}
+    return Evaluation(
+        results=(
+            Result(method="lm", nats=-float(lm_log_probs.sum()), seconds=model_seconds, **sizes),
+            Result(method="knn-lm", nats=-float(log_probs.sum()), seconds=model_seconds + memory_seconds, **sizes),
+        ),
+        gain=paired_bootstrap(difference, documents),
+        helped=float((difference > 0.01).mean()),
+        hurt=float((difference < -0.01).mean()),
+        settings={
+            "mixture": mixture.to_dict(),
+            "windows": {"context": lm.windows.context, "stride": lm.windows.stride},
+            "memory": {"path": str(memory.path), "entries": len(memory), "windows": memory.manifest.windows},
+            "index": memory.index.details,
+        },
+        targets=targets,
+        lm_log_probs=lm_log_probs,
+        log_probs=log_probs,
+        documents=documents,
+    )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,68 @@
+"""Search: the nearest stored keys of a query."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import IndexError_
+from ._exact import ExactIndex as ExactIndex
+from ._faiss import FaissIndex as FaissIndex
+from ._faiss import build_faiss
+from ._protocol import Index as Index
+from ._protocol import Keys as Keys
+
+if TYPE_CHECKING:
+    from ..datastore._manifest import Part
+
+__all__ = ["ExactIndex", "FaissIndex", "Index", "Keys", "auto_factory", "build_index", "open_index"]
+
+_EXACT_LIMIT = 1 << 25  # numbers in all keys up to which a scan of everything is quick enough
+_MEMORY_LIMIT = 16 << 30  # bytes of 16-bit keys up to which the index holds them as they are
+
+
+def auto_factory(entries: int, width: int, key_dtype: str) -> str:
+    """Choose an index by the size of the datastore.
+
+    Returns:
+        "exact" for a small one; then inverted lists that hold the keys in their own 16-bit type, so that distances are
+        those of the stored keys; then, beyond what memory holds, 8-bit lists whose proposals are ranked again.
+
+    Example:
+        >>> auto_factory(10_000, 256, "float16"), auto_factory(1_000_000, 256, "float16")
+        ('exact', 'IVF2048,SQfp16')
+    """
+    if entries * width <= _EXACT_LIMIT:
+        return "exact"
+    lists = 1 << max(4, int(2 * entries**0.5).bit_length())
+    lists = lists // 2 if lists * 32 > entries or lists > 2 * entries**0.5 else lists
+    if entries * width * 2 > _MEMORY_LIMIT:
+        return f"IVF{lists},SQ8"
+    return f"IVF{lists},{'SQbf16' if key_dtype == 'bfloat16' else 'SQfp16'}"
+
+
+def build_index(keys: Keys, folder: Path, factory: str, *, name: str) -> Part | None:
+    """Build a search index into `folder/name`; None where the factory is (or `auto` picks) "exact".
+
+    Args:
+        keys: The datastore.
+        folder: Where indexes lie.
+        factory: "auto", "exact", or a FAISS factory string such as "IVF1024,SQ8".
+        name: Of the new index.
+
+    Raises:
+        IndexError_: FAISS refuses the factory string or the keys.
+    """
+    if factory == "auto":
+        factory = auto_factory(len(keys), keys.width, keys.key_dtype)
+    return None if factory == "exact" else build_faiss(keys, folder, factory, name)
+
+
+def open_index(keys: Keys, folder: Path, part: Part | None, *, verify: bool) -> Index:
+    """Open the index that a manifest names; exact search where it names none."""
+    if part is None:
+        return ExactIndex(keys)
+    part.check(folder, contents=verify)
+    if part.details.get("kind") != "faiss":
+        raise IndexError_(f"the index of kind {part.details.get('kind')!r} is not known here; rebuild it with --index auto")
+    return FaissIndex(keys, folder, part)

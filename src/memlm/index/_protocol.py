@@ -1,0 +1,49 @@
+"""What an index is, and what it needs of a datastore."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from ..neighbors import Neighbors
+
+
+class Keys(Protocol):
+    """Stored keys, as a datastore offers them."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def width(self) -> int:
+        """Numbers in a key."""
+        ...
+
+    @property
+    def key_dtype(self) -> str:
+        """Type in which keys are stored."""
+        ...
+
+    def key_blocks(self, rows: int = ...) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Yield (first entry, float32 keys) over everything."""
+        ...
+
+    def gather_keys(self, entries: npt.NDArray[np.int64]) -> Tensor:
+        """Return some keys in their stored type."""
+        ...
+
+
+class Index(Protocol):
+    """Nearest-neighbor search over stored keys, by squared L2."""
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """Kind and settings, as plain values."""
+        ...
+
+    def search(self, queries: npt.NDArray[np.float32], k: int, exclude: tuple[int, int]) -> Neighbors:
+        """Return the k nearest entries of every query (float32, (n, width)), none from the range [from, to)."""
+        ...

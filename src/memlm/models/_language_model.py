@@ -1,0 +1,159 @@
+"""A causal language model with its tokenizer, its key site and its windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..documents import Document
+from ..errors import ModelError
+from ._capture import capture, check_key_site, forward_to_site, keys_of
+from ._identity import encoder_fingerprint, tokenizer_fingerprint
+from ._sites import KeySite, find_decoder, find_key_site
+from ._windows import TokenizedDocument, WindowScheme, batch_windows, tokenize
+
+_LOGITS_BUDGET = 1 << 28  # bytes of float32 logits alive at once
+
+
+class ScoredBatch(NamedTuple):
+    """What one forward pass tells about some targets.
+
+    Attributes:
+        rows: Int64, shape (n,): number of each target within the documents given.
+        targets: Int64, shape (n,).
+        log_probs: log p_LM of the targets, float32, shape (n,).
+        keys: What the model saw before each target, shape (n, key width), in the model's type.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    log_probs: Tensor
+    keys: Tensor
+
+
+class LanguageModel:
+    """Any Hugging Face causal LM, as memlm uses it.
+
+    Args:
+        model: The model, in evaluation mode; it is not changed.
+        tokenizer: Its fast tokenizer.
+        name: What to call it in messages and manifests.
+        key_site: See `find_key_site`.
+        context: Tokens of left context a window; None means half of what the model takes, at most 512.
+        stride: Targets a window; None means as many as `context`.
+        batch_tokens: Input tokens a forward pass.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        *,
+        key_site: str | None = None,
+        context: int | None = None,
+        stride: int | None = None,
+        batch_tokens: int = 4096,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.site: KeySite = find_key_site(model, key_site)
+        limit = _positions(model)
+        default = min(512, limit // 2)
+        self.windows = WindowScheme(context if context is not None else default, stride if stride is not None else default)
+        if self.windows.context + self.windows.stride - 1 > limit:
+            raise ModelError(
+                f"context {self.windows.context} + stride {self.windows.stride} is longer than the {limit} positions of "
+                f"{name}; lower one of them"
+            )
+        self.batch_tokens = batch_tokens
+        check_key_site(model, self.site)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a datastore made by this model is bound to; see the datastore's format, "encoder" and "tokenizer"."""
+        dtype = str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        return {
+            "encoder": {
+                "name": self.name,
+                "architecture": type(self.model).__name__,
+                "sha256": encoder_fingerprint(find_decoder(self.model)),
+                "dtype": dtype,
+                "key_site": {"name": self.site.name, "path": self.site.path, "tensor": self.site.tensor},
+            },
+            "tokenizer": {
+                "sha256": tokenizer_fingerprint(self.tokenizer),
+                "vocab_size": max(len(self.tokenizer), self.model.get_input_embeddings().weight.shape[0]),
+                "start": self.tokenizer.bos_token_id,
+                "end": self.tokenizer.eos_token_id,
+            },
+            "windows": {"context": self.windows.context, "stride": self.windows.stride},
+        }
+
+    @cached_property
+    def key_width(self) -> int:
+        """Numbers in a key."""
+        return forward_to_site(self.model, self.site, torch.zeros((1, 2), dtype=torch.long, device=self.device)).shape[-1]
+
+    def tokenize(self, document: Document) -> TokenizedDocument:
+        """Return a document's token ids and where they stand in its text."""
+        return tokenize(self.tokenizer, document)
+
+    def keys(self, sequences: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Compute the key of every target of some token sequences, without logits.
+
+        Yields:
+            (rows, keys): row numbers among all targets, int64 (n,), and keys (n, key width), in no given order.
+        """
+        for batch in batch_windows(sequences, self.windows, self.batch_tokens):
+            keys = forward_to_site(self.model, self.site, batch.input_ids.to(self.device))
+            yield batch.rows, keys[batch.scored.to(keys.device)]
+
+    def score(self, sequences: Iterable[np.ndarray]) -> Iterator[ScoredBatch]:
+        """Compute log p_LM of every target of some token sequences, and the keys, in one pass.
+
+        The logits of a batch exist only for the positions that are scored, and never for more than a fixed budget.
+        """
+        vocabulary = self.identity["tokenizer"]["vocab_size"]
+        tokens = max(1, min(self.batch_tokens, _LOGITS_BUDGET // (4 * vocabulary)))
+        for batch in batch_windows(sequences, self.windows, tokens):
+            scored = batch.scored.to(self.device)
+            kept = scored.any(dim=0).nonzero().squeeze(1)  # positions that any window of the batch scores
+            with torch.no_grad(), capture(self.model, self.site) as captured:
+                output = self.model(
+                    input_ids=batch.input_ids.to(self.device), use_cache=False, logits_to_keep=kept, return_dict=True
+                )
+                keys = keys_of(captured, self.site, *batch.input_ids.shape)
+            logits = output.logits[scored[:, kept]]  # (n, vocabulary)
+            targets = batch.targets.to(logits.device)
+            log_probs = torch.cat(
+                [
+                    part.float().gather(1, wanted[:, None]).squeeze(1) - part.float().logsumexp(dim=-1)
+                    for part, wanted in zip(logits.split(1024), targets.split(1024), strict=True)
+                ]
+            )
+            yield ScoredBatch(batch.rows, batch.targets, log_probs.cpu(), keys[scored])
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name!r}, keys from {self.site.path} {self.site.tensor})"
+
+
+def _positions(model: Any) -> int:
+    """Longest input that the model's positions allow; relative and rotary models say it in their config too."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 1:
+            return value
+    return 2048  # ALiBi models name no limit

@@ -1,0 +1,37 @@
+"""What a search returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Neighbors(NamedTuple):
+    """The nearest entries of each query, nearest first.
+
+    Attributes:
+        entries: Entry numbers, int64, shape (n, k); 0 where absent.
+        distances: Squared L2 to the stored keys, float32, shape (n, k); +inf where absent.
+        present: Bool, shape (n, k). False where fewer than k entries were found; such places are always last.
+    """
+
+    entries: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float32]
+    present: npt.NDArray[np.bool_]
+
+    @classmethod
+    def empty(cls, n: int, k: int) -> Neighbors:
+        """Return n rows in which nothing was found."""
+        return cls(np.zeros((n, k), np.int64), np.full((n, k), np.inf, np.float32), np.zeros((n, k), bool))
+
+    @classmethod
+    def from_search(cls, entries: np.ndarray, distances: np.ndarray) -> Neighbors:
+        """Turn the result of a search that marks absent neighbors by −1 into one with a mask."""
+        present = entries >= 0
+        return cls(
+            np.where(present, entries, 0).astype(np.int64),
+            np.where(present, distances, np.inf).astype(np.float32),
+            present,
+        )

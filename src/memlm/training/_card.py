@@ -1,0 +1,66 @@
+"""The card and the loss curve of a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ._recipe import Recipe
+
+
+def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw training and validation loss against tokens seen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="tokens seen, millions", ylabel="loss, nats a token")
+    axes.plot([row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows], color="0.7", lw=0.8, label="train")
+    evaluated = [row for row in rows if "valid" in row]
+    for name in evaluated[0]["valid"] if evaluated else []:
+        axes.plot([row["tokens"] / 1e6 for row in evaluated], [row["valid"][name] for row in evaluated], label=name)
+    axes.set_ylim(top=min(axes.get_ylim()[1], 7.5))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def write_card(path: Path, recipe: Recipe, summary: dict[str, Any]) -> None:
+    """Write the model card in Markdown."""
+    shape, schedule = recipe.model, recipe.schedule
+    valid = "\n".join(
+        f"| {name} | {row['nats_per_token']:.3f} | {row['bits_per_byte']:.3f} |"
+        for name, row in summary["valid"].items()
+    )
+    path.write_text(
+        f"""---
+library_name: transformers
+pipeline_tag: text-generation
+language: en
+---
+# memlm reference language model
+
+A small Llama model that ships with memlm, so that a memory can be tried where no model hub can be reached.
+It writes recognizable English and knows little: it is a subject for experiments, not an assistant.
+
+| | |
+|---|---|
+| parameters | {summary["parameters"]:,} ({shape.num_hidden_layers} layers, width {shape.hidden_size}, \
+feed-forward {shape.intermediate_size}, {shape.num_attention_heads} heads, tied embeddings) |
+| tokenizer | byte-level BPE, {shape.vocab_size:,} tokens, digits one by one; `<|endoftext|>` begins and ends a document |
+| context | trained on blocks of {schedule.block} tokens |
+| data | {", ".join(Path(item).name for item in recipe.train)}: {summary["train_tokens"]:,} tokens |
+| license of the data | {recipe.license} |
+| training | {summary["steps"]:,} steps of {schedule.batch * schedule.block:,} tokens = {summary["tokens"]:,} tokens; \
+Muon for the matrices, AdamW for the rest; seed {schedule.seed} |
+
+Validation, on 64 blocks spread over each corpus:
+
+| corpus | nats a token | bits a byte |
+|---|---|---|
+{valid}
+
+![loss](losses.png)
+
+Made by `memlm train-lm`.
+"""
+    )
