@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import CorpusError
 
@@ -40,7 +42,8 @@ class Corpus:
 
     Documents without text are left out and counted in `skipped`, and so are binary files inside a folder. A binary
     file that was named is an error, and so is a corpus without any text: `CorpusError` is raised while iterating.
-    Iterating a second time reads again, unless `source` can be read only once.
+    Iterating a second time reads again, unless `source` can be read only once. Half of a surrogate pair, which no
+    tokenizer takes, becomes U+FFFD.
     """
 
     def __init__(self, source: Any) -> None:
@@ -57,7 +60,7 @@ class Corpus:
             if document.id in seen:
                 raise CorpusError(f"two documents have the id {document.id!r}; ids must be unique: rename one of them")
             seen.add(document.id)
-            yield document
+            yield replace(document, text=_without_surrogates(document.text))
         if not seen:
             left_out = f" ({len(self.skipped)} left out: no text or binary)" if self.skipped else ""
             raise CorpusError(f"no text was found in {describe(self.source)}{left_out}; expected at least one document")
@@ -66,11 +69,11 @@ class Corpus:
 def describe(source: Any) -> str:
     """Return a short name for a corpus source, for messages and the manifest."""
     if isinstance(source, (str, Path)):
-        return str(source)
+        return _without_surrogates(str(source))
     if isinstance(source, Corpus):
         return describe(source.source)
     if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, Path)) for item in source):
-        return ", ".join(str(item) for item in source)
+        return ", ".join(describe(item) for item in source)
     return type(source).__name__
 
 
@@ -93,18 +96,32 @@ def _read(source: Any, skipped: dict[str, str]) -> Iterator[Document]:
         raise CorpusError(f"cannot read documents from a {type(source).__name__}; pass a path or an iterable")
 
 
+def _without_surrogates(text: str) -> str:
+    """Replace what UTF-8 cannot hold: half pairs, and bytes of file names that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def _read_path(path: Path, skipped: dict[str, str]) -> Iterator[Document]:
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a whole text in the place of a path is too long a name
+        raise CorpusError(f"{str(path)[:80]!r}… is no path ({error.strerror}); expected a file or a folder") from error
+    if is_folder:
         for file in sorted(path.rglob("*")):
             relative = file.relative_to(path)
             if file.is_file() and not any(part.startswith(".") for part in relative.parts):
+                name = _without_surrogates(relative.as_posix())
                 try:
-                    yield from _read_file(file, relative.as_posix())
+                    yield from _read_file(file, name)
                 except _BinaryFile as error:
-                    skipped[relative.as_posix()] = str(error)
+                    skipped[name] = str(error)
     elif path.exists():
         try:
-            yield from _read_file(path, path.name)
+            yield from _read_file(path, _without_surrogates(path.name))
         except _BinaryFile as error:
             raise CorpusError(f"{path} is not text ({error}); expected UTF-8 text or JSON lines") from error
     else:
@@ -119,7 +136,10 @@ def _read_file(path: Path, name: str) -> Iterator[Document]:
     if path.name.endswith(JSONL_SUFFIXES):
         yield from _read_jsonl(path, name)
         return
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path} could not be read: {error}") from error
     if b"\0" in data[:65536]:
         raise _BinaryFile("it holds NUL bytes")
     try:
@@ -129,16 +149,52 @@ def _read_file(path: Path, name: str) -> Iterator[Document]:
     yield Document(id=name, text=text.replace("\r\n", "\n"))
 
 
-def _open_text(path: Path) -> Any:
+def _open_text(path: Path) -> TextIO:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
+        return gzip.open(path, "rt", encoding="utf-8-sig")
     if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8")
+        return lzma.open(path, "rt", encoding="utf-8-sig")
     if path.suffix == ".zst":
-        import zstandard
+        return io.TextIOWrapper(io.BufferedReader(_ZstdFile(path)), encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
 
-        return zstandard.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
+
+class _ZstdFile(io.RawIOBase):
+    """A .zst file for reading. Unlike the package's own, it notices when the file ends before its last frame does."""
+
+    def __init__(self, path: Path) -> None:
+        self._chunks = _zstd_chunks(path)
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
+
+
+def _zstd_chunks(path: Path) -> Iterator[bytes]:
+    import zstandard
+
+    frame = None
+    with path.open("rb") as file:
+        while data := file.read(1 << 16):
+            while data:
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                try:
+                    yield frame.decompress(data)
+                except zstandard.ZstdError as error:
+                    raise OSError(str(error)) from error
+                data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError("the file ends before its last frame does")
 
 
 def _read_jsonl(path: Path, name: str) -> Iterator[Document]:
@@ -151,14 +207,11 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Document]:
                     if not isinstance(row, dict):
                         raise CorpusError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
                     yield _from_mapping(row, f"{path}, line {number}", f"{name}:{number}")
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{path}, line {number}: not valid JSON ({error.msg}); expected one object a line") from error
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         raise CorpusError(f"{path} could not be read after line {number}: {error}") from error
-    except Exception as error:
-        if type(error).__name__ == "ZstdError":  # zstandard is imported only where it is needed
-            raise CorpusError(f"{path} could not be read after line {number}: {error}") from error
-        raise
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)
+        raise CorpusError(f"{path}, line {number}: not valid JSON ({reason}); expected one object a line") from error
 
 
 def _from_mapping(row: Mapping[str, Any], where: str, default_id: str) -> Document:
@@ -166,4 +219,5 @@ def _from_mapping(row: Mapping[str, Any], where: str, default_id: str) -> Docume
     if text is None or not isinstance(text, str):
         raise CorpusError(f"{where}: expected a string under 'text', got {type(text).__name__}; rename the field")
     metadata = {key: value for key, value in row.items() if key not in ("id", "text")}
-    return Document(id=str(row.get("id", default_id)), text=text, metadata=metadata)
+    name = row.get("id")
+    return Document(id=default_id if name is None else str(name), text=text, metadata=metadata)

@@ -46,6 +46,12 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file survive a power failure."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:

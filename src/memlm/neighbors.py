@@ -26,6 +26,22 @@ class Neighbors(NamedTuple):
         """Return n rows in which nothing was found."""
         return cls(np.zeros((n, k), np.int64), np.full((n, k), np.inf, np.float32), np.zeros((n, k), bool))
 
+    def taken(self, order: npt.NDArray[np.int64]) -> Neighbors:
+        """Return the neighbors at some places of each row, shape (n, any number)."""
+        return Neighbors(
+            np.take_along_axis(self.entries, order, axis=1),
+            np.take_along_axis(self.distances, order, axis=1),
+            np.take_along_axis(self.present, order, axis=1),
+        )
+
+    def beside(self, other: Neighbors) -> Neighbors:
+        """Return the neighbors of both, for the same queries, these first."""
+        return Neighbors(
+            np.concatenate([self.entries, other.entries], axis=1),
+            np.concatenate([self.distances, other.distances], axis=1),
+            np.concatenate([self.present, other.present], axis=1),
+        )
+
     @classmethod
     def from_search(cls, entries: np.ndarray, distances: np.ndarray) -> Neighbors:
         """Turn the result of a search that marks absent neighbors by −1 into one with a mask."""

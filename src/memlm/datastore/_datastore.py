@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DatastoreCorrupt, ShapeError
-from ..index import Index, build_index, open_index
+from ..errors import ConfigError, ShapeError
+from ..index import Index, build_index, check_factory, open_index
 from ..neighbors import Neighbors
 from ._build import Encoder, build_segments
 from ._manifest import Manifest, Part
@@ -63,13 +63,8 @@ class Datastore:
         self.manifest = Manifest.load(self.path)
         for part in self.manifest.segments:
             part.check(self.path / "segments", contents=verify)
-        try:
-            key_settings = {"key_dtype": self.manifest.keys["dtype"], "key_width": self.manifest.keys["width"]}
-            self._segments = [
-                Segment(self.path / "segments", part, **key_settings) for part in self.manifest.segments
-            ]
-        except (KeyError, TypeError) as error:
-            raise DatastoreCorrupt(f"the manifest of {self.path} lacks {error}; restore it or build again") from error
+        settings = {"key_dtype": self.key_dtype, "key_width": self.width, "value_dtype": self.manifest.values["dtype"]}
+        self._segments = [Segment(self.path / "segments", part, **settings) for part in self.manifest.segments]
         self._starts = np.cumsum([0] + [segment.entries for segment in self._segments])  # first entry of each segment
         self.values = np.concatenate([segment.values for segment in self._segments])
         self.index: Index = open_index(self, self.path / "index", self.manifest.index, verify=verify)
@@ -99,9 +94,11 @@ class Datastore:
 
         Raises:
             CorpusError: No text, or unreadable text.
-            DatastoreError: The folder is taken, the disk is full, keys are not finite, or the index cannot be built.
+            DatastoreError: The folder is taken, the disk is full, keys are not finite, or the index cannot be built. In
+                the last case, and when interrupted while the index is built, a datastore with exact search is left.
         """
         path = Path(path)
+        check_factory(index, encoder.key_width)
         build_segments(
             encoder,
             source,
@@ -119,9 +116,10 @@ class Datastore:
         part = build_index(self, self.path / "index", factory, name=f"{self.manifest.version + 1:06d}")
         if part is None and self.manifest.index is None:
             return
-        self.manifest = self.manifest.with_index(part)
-        self.manifest.publish(self.path)
-        self.index = open_index(self, self.path / "index", part, verify=False)
+        manifest = self.manifest.with_index(part)
+        opened = open_index(self, self.path / "index", part, verify=False)
+        manifest.publish(self.path)
+        self.manifest, self.index = manifest, opened
 
     def __len__(self) -> int:
         return len(self.values)
@@ -270,5 +268,3 @@ class Datastore:
 
     def __repr__(self) -> str:
         return f"Datastore({str(self.path)!r}, {len(self):,} entries, {self.manifest.documents:,} documents)"
-
-

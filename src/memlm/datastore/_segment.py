@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DatastoreCorrupt, KeyOverflow
+from ..errors import CorpusError, DatastoreCorrupt, KeyOverflow, ModelError, ShapeError
 from ._manifest import Part
-from ._tensors import create_tensors, open_tensors
+from ._tensors import Layout, create_tensors, open_tensors
 
 KEY_TYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16)}
 
@@ -39,8 +39,6 @@ class SegmentWriter:
     def __init__(
         self, folder: Path, documents: Sequence[Any], *, key_dtype: str, key_width: int, vocab_size: int
     ) -> None:
-        if key_dtype not in KEY_TYPES:
-            raise ConfigError(f"key type is {key_dtype!r}; expected one of {', '.join(KEY_TYPES)}")
         folder.mkdir(parents=True)
         self.key_dtype = key_dtype
         self.documents = len(documents)
@@ -48,7 +46,7 @@ class SegmentWriter:
         self.entries = sum(counts)
         text_starts = _write_documents(folder / "documents.jsonl", documents)
         values = value_type(vocab_size)
-        layout = {
+        layout: Layout = {
             "values": (values, (self.entries,)),
             "spans": ("U32", (self.entries, 2)),
             "entry_starts": ("I64", (self.documents + 1,)),
@@ -59,7 +57,10 @@ class SegmentWriter:
         maps["text_starts"][:] = text_starts
         for item, start, count in zip(documents, maps["entry_starts"], counts, strict=False):
             if count and (item.ids.min() < 0 or item.ids.max() >= vocab_size):
-                raise KeyOverflow(f"{item.document.id!r} has token ids outside the vocabulary of {vocab_size}")
+                raise ModelError(
+                    f"the tokens of {item.document.id!r} have ids from {item.ids.min()} to {item.ids.max()}; expected "
+                    f"0 to {vocab_size - 1}: the tokenizer does not belong to this model"
+                )
             maps["values"][start : start + count] = item.ids[1:]
             maps["spans"][start : start + count] = item.spans[1:]
         for array in maps.values():
@@ -67,22 +68,34 @@ class SegmentWriter:
                 array.flush()
         kind, self._dtype = KEY_TYPES[key_dtype]
         self._keys = create_tensors(folder / "keys.safetensors", {"keys": (kind, (self.entries, key_width))})["keys"]
+        self._written = np.zeros(self.entries, bool)
 
     def write_keys(self, rows: Tensor, keys: Tensor) -> None:
         """Store keys at their rows; rows int64 (n,), keys any float type (n, width).
 
         Raises:
             KeyOverflow: A key is not finite, as computed or in the type of storage.
+            ShapeError: Keys have another width, or another number than rows.
         """
+        if keys.shape != (len(rows), self._keys.shape[1]):
+            raise ShapeError(f"keys have shape {tuple(keys.shape)}; expected ({len(rows)}, {self._keys.shape[1]})")
         stored = keys.to("cpu", self._dtype)
         if not stored.isfinite().all():
             if not keys.isfinite().all():
                 raise KeyOverflow("the model gave keys that are NaN or infinite; check its weights and its dtype")
-            raise KeyOverflow(f"keys up to {keys.abs().max():.3g} overflow float16; use key type bfloat16")
+            advice = "use key type bfloat16" if self.key_dtype == "float16" else "check the model's weights"
+            raise KeyOverflow(f"keys up to {keys.abs().max():.3g} overflow {self.key_dtype}; {advice}")
         self._keys[rows.numpy()] = stored.view(torch.int16).numpy().view(self._keys.dtype)
+        self._written[rows.numpy()] = True
 
     def finish(self) -> dict[str, int]:
-        """Make everything durable and return the segment's details for the manifest."""
+        """Write everything out and return the segment's details for the manifest.
+
+        Raises:
+            ShapeError: Some entry has no key.
+        """
+        if not self._written.all():
+            raise ShapeError(f"{int((~self._written).sum())} of {self.entries} entries got no key from the encoder")
         if isinstance(self._keys, np.memmap):
             self._keys.flush()
         return {"entries": self.entries, "documents": self.documents}
@@ -95,7 +108,11 @@ def _write_documents(path: Path, documents: Sequence[Any]) -> np.ndarray:
         for item in documents:
             text = item.document.text
             row = {"id": item.document.id, "sha256": text_sha256(text), "metadata": dict(item.document.metadata)}
-            file.write(json.dumps({**row, "text": text}, ensure_ascii=True).encode() + b"\n")
+            try:  # dates and the like become text
+                line = json.dumps({**row, "text": text}, ensure_ascii=True, default=str)
+            except (TypeError, ValueError) as error:
+                raise CorpusError(f"the metadata of {item.document.id!r} cannot be stored as JSON: {error}") from error
+            file.write(line.encode() + b"\n")
             starts.append(file.tell())
     return np.array(starts, np.int64)
 
@@ -115,21 +132,27 @@ class Segment:
         entry_starts: Int64, shape (documents + 1,): first entry of every document.
     """
 
-    def __init__(self, folder: Path, part: Part, *, key_dtype: str, key_width: int) -> None:
+    def __init__(self, folder: Path, part: Part, *, key_dtype: str, key_width: int, value_dtype: str) -> None:
         self.folder = folder / part.name
         self.entries: int = part.details["entries"]
         self.documents: int = part.details["documents"]
-        arrays = open_tensors(self.folder / "entries.safetensors")
-        keys = open_tensors(self.folder / "keys.safetensors").get("keys")
+        arrays = open_tensors(self.folder / "entries.safetensors") | open_tensors(self.folder / "keys.safetensors")
+        kind = "float16" if key_dtype == "float16" else "int16"  # NumPy lacks bfloat16
         expected = {
-            "values": (self.entries,),
-            "spans": (self.entries, 2),
-            "entry_starts": (self.documents + 1,),
-            "text_starts": (self.documents + 1,),
+            "values": (value_dtype, (self.entries,)),
+            "spans": ("uint32", (self.entries, 2)),
+            "entry_starts": ("int64", (self.documents + 1,)),
+            "text_starts": ("int64", (self.documents + 1,)),
+            "keys": (kind, (self.entries, key_width)),
         }
-        shapes = {name: array.shape for name, array in arrays.items()}
-        if shapes != expected or keys is None or keys.shape != (self.entries, key_width):
-            raise DatastoreCorrupt(f"{self.folder} holds tensors of other shapes than its manifest says")
+        if {name: (array.dtype.name, array.shape) for name, array in arrays.items()} != expected:
+            raise DatastoreCorrupt(f"{self.folder} holds other tensors than its manifest says; build again")
+        ends = {"entry_starts": self.entries, "text_starts": (self.folder / "documents.jsonl").stat().st_size}
+        for name, end in ends.items():
+            starts = arrays[name]
+            if starts[0] != 0 or starts[-1] != end or (np.diff(starts) < 0).any():
+                raise DatastoreCorrupt(f"{self.folder} has {name} that do not rise from 0 to {end}; build again")
+        keys = arrays["keys"]
         self.keys: Tensor = torch.from_numpy(keys.view(np.int16)).view(KEY_TYPES[key_dtype][1])
         self.values: np.ndarray = arrays["values"]
         self.spans: np.ndarray = arrays["spans"]

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors
@@ -13,7 +14,14 @@ import safetensors
 from ..errors import DatastoreCorrupt
 
 # safetensors name → NumPy type of the map; bfloat16, which NumPy lacks, is mapped as int16
-_TYPES = {"F16": np.float16, "BF16": np.int16, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
+_TYPES: dict[str, Any] = {
+    "F16": np.float16,
+    "BF16": np.int16,
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "I64": np.int64,
+}
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -38,9 +46,19 @@ def create_tensors(path: Path, layout: Layout) -> dict[str, np.ndarray]:
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + max(end, 1))
-        file.truncate(8 + len(text) + end)
+        file.flush()
+        _reserve(file, 8 + len(text) + end)
     return _maps(path, "r+")
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Give a new file its size, with every block allocated."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    file.seek(0, os.SEEK_END)  # macOS
+    while (missing := size - file.tell()) > 0:
+        file.write(bytes(min(missing, 1 << 20)))
 
 
 def open_tensors(path: Path) -> dict[str, np.ndarray]:

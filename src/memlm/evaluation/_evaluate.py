@@ -58,19 +58,21 @@ class Result:
         return self.tokens / max(self.seconds, 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {
-            "method": self.method,
-            "perplexity": self.perplexity,
-            "word_perplexity": self.word_perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "byte_perplexity": 2**self.bits_per_byte,
-            "nats": self.nats,
-            "tokens": self.tokens,
-            "words": self.words,
-            "bytes": self.bytes,
-            "tokens_per_second": self.tokens_per_second,
-        }
+        """Return plain values; None for what is infinite (where λ = 1 made a token impossible)."""
+        return _finite(
+            {
+                "method": self.method,
+                "perplexity": self.perplexity,
+                "word_perplexity": self.word_perplexity,
+                "bits_per_byte": self.bits_per_byte,
+                "byte_perplexity": _exp(self.bits_per_byte * math.log(2)),
+                "nats": self.nats,
+                "tokens": self.tokens,
+                "words": self.words,
+                "bytes": self.bytes,
+                "tokens_per_second": self.tokens_per_second,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +103,9 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table, the gain and the settings as plain values."""
-        gain = {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in self.gain._asdict().items()}  # fmt: skip
         return {
             "results": [result.to_dict() for result in self.results],
-            "gain": gain,
+            "gain": _finite(self.gain._asdict()),
             "helped": self.helped,
             "hurt": self.hurt,
             "settings": self.settings,
@@ -192,6 +193,13 @@ def evaluate(
         log_probs=log_probs,
         documents=documents,
     )
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Put None, which JSON has, in the place of numbers that are not finite."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
 
 
 def _exp(value: float) -> float:

@@ -33,7 +33,7 @@ def explain(
         text: What to explain; it is scored as one document, as `evaluate` would.
         memory: The datastore.
         mixture: How to mix.
-        sources: Neighbors shown a token, the heaviest first.
+        sources: Neighbors shown a token, the heaviest first; as many again that agree with the text.
         title: Shown above the text.
         generated_from: Character offset at which text written by the model begins; None if none was.
 
@@ -61,7 +61,14 @@ def explain(
                 memory=math.exp(memory_log_probs[line]),
                 mixture=math.exp(mixed[line]),
                 weight=float(weights[line]),
-                sources=_sources(memory, found.entries[line], log_weights[line], distances[line], sources),
+                sources=_sources(
+                    memory,
+                    found.entries[line],
+                    log_weights[line],
+                    distances[line],
+                    tokens[line] == batch.targets[line],
+                    sources,
+                ),
             )
     tokens_out = [token for token in explained if token is not None]
     first_scored = 1
@@ -92,21 +99,21 @@ def _token_text(tokenized: Any, place: int) -> str:
 
 
 def _sources(
-    memory: Datastore, entries: np.ndarray, log_weights: torch.Tensor, distances: torch.Tensor, count: int
+    memory: Datastore,
+    entries: np.ndarray,
+    log_weights: torch.Tensor,
+    distances: torch.Tensor,
+    agrees: torch.Tensor,
+    count: int,
 ) -> tuple[Source, ...]:
+    """Return the heaviest neighbors, and the heaviest of those that agree with the text, which make its support."""
     shares = log_weights.exp()
+    heaviest = shares.argsort(descending=True)
+    chosen = {*heaviest[:count].tolist(), *heaviest[agrees[heaviest]][:count].tolist()}
     result = []
-    for place in shares.argsort(descending=True)[:count].tolist():
+    for place in sorted(chosen, key=lambda place: -shares[place]):
         if shares[place] > 0:
             origin = memory.provenance(int(entries[place]))
-            result.append(
-                Source(
-                    document=origin.document,
-                    before=origin.before,
-                    token=origin.token,
-                    after=origin.after,
-                    share=float(shares[place]),
-                    distance=float(distances[place]),
-                )
-            )
+            texts = {"document": origin.document, "before": origin.before, "token": origin.token, "after": origin.after}
+            result.append(Source(**texts, share=float(shares[place]), distance=float(distances[place])))
     return tuple(result)

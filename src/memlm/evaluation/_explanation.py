@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,13 +77,13 @@ class ExplainedToken:
         return self.memory_share > 0.5
 
     @property
-    def support(self) -> Counter[str]:
+    def support(self) -> dict[str, float]:
         """Probability that each document gave to this token: λ times the shares of the sources that agree with it."""
-        support: Counter[str] = Counter()
+        support: dict[str, float] = {}
         for source in self.sources:
-            if source.token == self.text:
-                support[source.document] += self.weight * source.share
-        return +support
+            if source.token == self.text and self.weight * source.share > 0:
+                support[source.document] = support.get(source.document, 0.0) + self.weight * source.share
+        return support
 
 
 class Stretch(NamedTuple):
@@ -140,10 +139,11 @@ class Explanation:
     @property
     def documents(self) -> list[tuple[str, float]]:
         """Documents and the probability they gave to the tokens of this text, largest first."""
-        total: Counter[str] = Counter()
+        total: dict[str, float] = {}
         for token in self.summarized:
-            total.update(token.support)  # Counter.update adds
-        return total.most_common()
+            for name, probability in token.support.items():
+                total[name] = total.get(name, 0.0) + probability
+        return sorted(total.items(), key=lambda item: -item[1])
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -159,13 +159,14 @@ class Explanation:
         return trimmed
 
     def _stretches(self) -> Iterator[Stretch]:
-        start, candidates = None, Counter[str]()
+        start: int | None = None
+        candidates: dict[str, float] = {}
         for position, token in enumerate(self.tokens):
             if start is not None:
                 support = token.support
-                shared = Counter({name: candidates[name] + support[name] for name in candidates if name in support})
-                both = not candidates or not support  # nothing to disagree with
-                if token.from_memory and position != self.generated_from and (shared or both):
+                shared = {name: candidates[name] + support[name] for name in candidates if name in support}
+                agree = shared or not candidates or not support  # a token without sources disagrees with nobody
+                if token.from_memory and position != self.generated_from and agree:
                     candidates = shared or candidates or support
                     continue
                 yield Stretch(start, position, _first(candidates))
@@ -266,5 +267,5 @@ def _perplexity(probabilities: list[float]) -> float:
     return math.exp(-_mean([_log(p) for p in probabilities])) if probabilities else math.nan
 
 
-def _first(counts: Counter[str]) -> str | None:
-    return counts.most_common(1)[0][0] if counts else None
+def _first(support: dict[str, float]) -> str | None:
+    return max(support, key=support.__getitem__, default=None)

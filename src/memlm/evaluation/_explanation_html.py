@@ -20,7 +20,7 @@ def explanation_page(explanation: Explanation) -> str:
         for source, shown_source in zip(token.sources, shown["sources"], strict=True):
             shown_source["agrees"] = source.token == token.text
     data = json.dumps(_printable(page), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    template = files(__package__).joinpath("explanation.html").read_text(encoding="utf-8")
+    template = files("memlm.evaluation").joinpath("explanation.html").read_text(encoding="utf-8")
     return template.replace("__DATA__", data.translate(_ESCAPES), 1)
 
 

@@ -97,11 +97,14 @@ def _footnotes(explanation: Explanation) -> dict[int, int]:
     """Number the most helped token of each stretch from memory, of the stretches with the greatest help."""
     tokens = explanation.tokens
 
-    def help_given(position: int) -> tuple[bool, float]:
-        return bool(tokens[position].support), tokens[position].bits
+    def help_given(position: int) -> tuple[bool, bool, float]:
+        token = tokens[position]
+        return bool(token.support), bool(token.text.strip()), token.bits
 
     first = explanation.generated_from or 0
-    stretches = [stretch for stretch in explanation.stretches if stretch.document is not None and stretch.start >= first]
+    stretches = [
+        stretch for stretch in explanation.stretches if stretch.document is not None and stretch.start >= first
+    ]
     best = [max(range(stretch.start, stretch.stop), key=help_given) for stretch in stretches]
     helped = [position for position in best if tokens[position].level > 0]
     chosen = sorted(sorted(helped, key=lambda position: -tokens[position].bits)[:_FOOTNOTES])
@@ -118,7 +121,9 @@ def _passage(explanation: Explanation, start: int, stop: int, notes: dict[int, i
         text = printable(token.text).replace("\n", "⏎\n") or "∅"
         body = text.strip("⏎\n\t ") or text
         lead, tail = text.split(body, 1)
-        color = _STYLES.get(token.level, "")
+        # White space gets no ground: bars of indentation would outshine the words.
+        level = token.level if token.text.strip() else max(-2, min(token.level, 2))
+        color = _STYLES.get(level, "")
         style = f"{color} underline" if position in from_memory and not plain else color
         passage.append(lead, color if position in opens else style)
         passage.append("⟦" if plain and position in opens else "")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..datastore import Datastore
-from ..documents import Corpus
+from ..documents import Corpus, describe
+from ..errors import ConfigError, CorpusError
 from ..models import LanguageModel
 from ..progress import progress
 
@@ -52,9 +53,15 @@ class Text:
         source: Documents; anything that `Corpus` takes.
         max_tokens: Take documents in an order that depends on nothing but their number until there are so many
             targets, and cut the last one; None takes everything, in order.
+
+    Raises:
+        ConfigError: `max_tokens` is below 1.
+        CorpusError: No text, or no token of it is a target.
     """
 
     def __init__(self, lm: LanguageModel, source: Any, max_tokens: int | None = None) -> None:
+        if max_tokens is not None and max_tokens < 1:
+            raise ConfigError(f"max_tokens is {max_tokens}; expected at least 1, or None for the whole text")
         documents = list(Corpus(source))
         if max_tokens is not None:
             documents = [documents[number] for number in np.random.default_rng(0).permutation(len(documents))]
@@ -76,6 +83,11 @@ class Text:
             self.tokens += room - 1
             if max_tokens is not None and self.tokens >= max_tokens:
                 break
+        if not self.tokens:
+            raise CorpusError(
+                f"no token of {describe(source)} can be scored: every document has one token, and without a start token "
+                "the first is not scored; pass longer text"
+            )
 
     @property
     def document_of_target(self) -> np.ndarray:

@@ -127,7 +127,9 @@ def tune_cached(cached: Retrieved, documents: npt.NDArray[np.int64]) -> Tuning:
     row = min((row for row in rows if row["nats"] <= least + 1e-3), key=lambda row: (row["k"], row["nats"]))
     best = KnnMixture(interpolation_weight=row["interpolation_weight"], temperature=row["temperature"], k=int(row["k"]))
     mixed = best.target_log_probs(
-        cached.lm_log_probs, cached.targets, *(part[:, : best.k] for part in (cached.distances, cached.tokens, cached.present))
+        cached.lm_log_probs,
+        cached.targets,
+        *(part[:, : best.k] for part in (cached.distances, cached.tokens, cached.present)),
     )
     gain = paired_bootstrap((mixed.double() - lm).numpy(), documents)
     helps = gain.low > 0 if math.isfinite(gain.low) else gain.mean > 0
@@ -139,7 +141,13 @@ def tune_cached(cached: Retrieved, documents: npt.NDArray[np.int64]) -> Tuning:
         perplexity=math.exp(-float(mixed.double().mean())),
         gain=gain,
         tokens=len(lm),
-        grid=[{**{name: row[name] for name in ("k", "temperature", "interpolation_weight")}, "perplexity": math.exp(row["nats"])} for row in rows],  # fmt: skip
+        grid=[
+            {
+                **{name: row[name] for name in ("k", "temperature", "interpolation_weight")},
+                "perplexity": math.exp(row["nats"]),
+            }
+            for row in rows
+        ],  # fmt: skip
     )
 
 

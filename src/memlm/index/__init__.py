@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import IndexError_
 from ._exact import ExactIndex as ExactIndex
 from ._faiss import FaissIndex as FaissIndex
-from ._faiss import build_faiss
+from ._faiss import build_faiss, empty_index
 from ._protocol import Index as Index
 from ._protocol import Keys as Keys
 
 if TYPE_CHECKING:
     from ..datastore._manifest import Part
 
-__all__ = ["ExactIndex", "FaissIndex", "Index", "Keys", "auto_factory", "build_index", "open_index"]
+__all__ = ["ExactIndex", "FaissIndex", "Index", "Keys", "auto_factory", "build_index", "check_factory", "open_index"]
 
+_EXACT_ENTRIES = 1 << 12  # up to which lists would be shorter than the 32 entries that their training needs
 _EXACT_LIMIT = 1 << 25  # numbers in all keys up to which a scan of everything is quick enough
 _MEMORY_LIMIT = 16 << 30  # bytes of 16-bit keys up to which the index holds them as they are
 
@@ -30,15 +32,20 @@ def auto_factory(entries: int, width: int, key_dtype: str) -> str:
 
     Example:
         >>> auto_factory(10_000, 256, "float16"), auto_factory(1_000_000, 256, "float16")
-        ('exact', 'IVF2048,SQfp16')
+        ('exact', 'IVF1024,SQfp16')
     """
-    if entries * width <= _EXACT_LIMIT:
+    if entries <= _EXACT_ENTRIES or entries * width <= _EXACT_LIMIT:
         return "exact"
-    lists = 1 << max(4, int(2 * entries**0.5).bit_length())
-    lists = lists // 2 if lists * 32 > entries or lists > 2 * entries**0.5 else lists
+    lists = 1 << (math.isqrt(4 * entries).bit_length() - 1)  # the power of two just below 2 √entries
     if entries * width * 2 > _MEMORY_LIMIT:
         return f"IVF{lists},SQ8"
     return f"IVF{lists},{'SQbf16' if key_dtype == 'bfloat16' else 'SQfp16'}"
+
+
+def check_factory(factory: str, width: int) -> None:
+    """Raise IndexError_ unless `build_index` knows this factory for keys of this width."""
+    if factory not in ("auto", "exact"):
+        empty_index(factory, width)
 
 
 def build_index(keys: Keys, folder: Path, factory: str, *, name: str) -> Part | None:
@@ -64,5 +71,6 @@ def open_index(keys: Keys, folder: Path, part: Part | None, *, verify: bool) -> 
         return ExactIndex(keys)
     part.check(folder, contents=verify)
     if part.details.get("kind") != "faiss":
-        raise IndexError_(f"the index of kind {part.details.get('kind')!r} is not known here; rebuild it with --index auto")
+        kind = part.details.get("kind")
+        raise IndexError_(f"the index of kind {kind!r} is not known here; rebuild it with --index auto")
     return FaissIndex(keys, folder, part)

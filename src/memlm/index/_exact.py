@@ -49,21 +49,16 @@ class ExactIndex:
 
 def _allowed(start: int, stop: int, exclude: tuple[int, int]) -> list[tuple[int, int]]:
     """Return what remains of [start, stop) without the range excluded."""
-    pieces = [(start, min(stop, exclude[0])), (max(start, exclude[1]), stop)] if exclude[0] < exclude[1] else [(start, stop)]
+    if exclude[0] >= exclude[1]:
+        return [(start, stop)]
+    pieces = [(start, min(stop, exclude[0])), (max(start, exclude[1]), stop)]
     return [piece for piece in pieces if piece[0] < piece[1]]
 
 
 def _merge(left: Neighbors, right: Neighbors, k: int) -> Neighbors:
     """Return the k nearest of two results for the same queries; absent neighbors are infinitely far."""
-    if not left.present.any():
-        left = Neighbors.empty(len(left.entries), 0)
-    distances = np.concatenate([left.distances, right.distances], axis=1)
-    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    entries = np.take_along_axis(np.concatenate([left.entries, right.entries], axis=1), order, axis=1)
-    present = np.take_along_axis(np.concatenate([left.present, right.present], axis=1), order, axis=1)
-    merged = Neighbors(entries, np.take_along_axis(distances, order, axis=1), present)
-    missing = k - order.shape[1]
-    if not missing:
-        return merged
-    padding = Neighbors.empty(len(entries), missing)
-    return Neighbors(*(np.concatenate(pair, axis=1) for pair in zip(merged, padding, strict=True)))
+    if left.present.any():
+        both = left.beside(right)
+        right = both.taken(np.argsort(both.distances, axis=1, kind="stable")[:, :k])
+    missing = k - right.entries.shape[1]
+    return right.beside(Neighbors.empty(len(right.entries), missing)) if missing else right

@@ -6,6 +6,7 @@ proposals as asked for are ranked again by exact distances, computed from the da
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ _TRAINING_KEYS_A_LIST = 48  # FAISS warns below 39
 _TARGET_RECALL = 0.99
 _SAMPLE = 256  # queries on which recall is measured
 _RERANK_FACTOR = 2
+_FETCHED_AT_ONCE = 1 << 24  # proposals of one search without selector
 
 
 class FaissIndex:
@@ -37,12 +39,16 @@ class FaissIndex:
         self.details = part.details
         self._keys = keys
         try:
+            nprobe = int(part.details["nprobe"])
+            if nprobe < 1 or not isinstance(part.details["stores_keys"], bool) or "index.faiss" not in part.files:
+                raise ValueError("the manifest describes it wrongly")
             self._faiss = faiss.read_index(str(folder / part.name / "index.faiss"))
             if self._faiss.ntotal != len(keys) or self._faiss.d != keys.width:
                 raise ValueError(f"it holds {self._faiss.ntotal} keys of width {self._faiss.d}")
-            _set_nprobe(self._faiss, part.details["nprobe"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise IndexError_(f"the index {folder / part.name} does not fit its datastore: {error}; rebuild it") from error
+            _set_nprobe(self._faiss, nprobe)
+        except (RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
+            where = folder / part.name
+            raise IndexError_(f"the index {where} does not fit its datastore: {error}; rebuild it") from error
 
     def search(self, queries: npt.NDArray[np.float32], k: int, exclude: tuple[int, int]) -> Neighbors:
         """See `Index.search`."""
@@ -63,19 +69,27 @@ def build_faiss(keys: Keys, folder: Path, factory: str, name: str) -> Part:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     try:
-        index, stores_keys = _train(keys, factory)
+        index, stores_keys = _train(keys, factory)  # must be kept: parts of it do not own their memory
         for _, block in keys.key_blocks():
             index.add(block)
         details = {"kind": "faiss", "factory": factory, "stores_keys": stores_keys, **_tune(keys, index, stores_keys)}
         faiss.write_index(index, str(target / "index.faiss"))
         return Part.describe(folder, name, details)
     except RuntimeError as error:
-        shutil.rmtree(target, ignore_errors=True)
-        reason = str(error).splitlines()[0].split("Error: ")[-1]
-        raise IndexError_(f"FAISS cannot build {factory!r} over {len(keys)} keys of width {keys.width}: {reason}") from error
+        _remove(target)
+        raise IndexError_(
+            f"FAISS cannot build {factory!r} over {len(keys)} keys of width {keys.width}: {_reason(error)}; name "
+            "another factory, or 'auto'"
+        ) from error
     except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
+        _remove(target)
         raise
+
+
+def _remove(target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    if not any(target.parent.iterdir()):
+        target.parent.rmdir()
 
 
 def propose(index: Any, queries: npt.NDArray[np.float32], k: int, exclude: tuple[int, int]) -> Neighbors:
@@ -86,14 +100,21 @@ def propose(index: Any, queries: npt.NDArray[np.float32], k: int, exclude: tuple
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None and isinstance(faiss.downcast_index(index), faiss.IndexIVF):
         allowed = faiss.IDSelectorNot(faiss.IDSelectorRange(exclude[0], exclude[1]))
-        distances, rows = index.search(queries, k, params=faiss.SearchParametersIVF(sel=allowed, nprobe=ivf.nprobe))
+        parameters: Any = faiss.SearchParametersIVF
+        distances, rows = index.search(queries, k, params=parameters(sel=allowed, nprobe=ivf.nprobe))
         return Neighbors.from_search(rows, distances)
     # Other kinds take no selector: ask for so many that enough remain when the range is dropped by number.
-    distances, rows = index.search(queries, min(index.ntotal, k + exclude[1] - exclude[0]))
-    rows = np.where((rows >= exclude[0]) & (rows < exclude[1]), -1, rows)
-    found = Neighbors.from_search(rows, distances)
-    order = np.argsort(found.distances, axis=1, kind="stable")[:, :k]
-    return Neighbors(*(np.take_along_axis(part, order, axis=1) for part in found))
+    fetch = min(index.ntotal, k + exclude[1] - exclude[0])
+    result = Neighbors.empty(len(queries), k)
+    step = max(1, _FETCHED_AT_ONCE // fetch)
+    for start in range(0, len(queries), step):
+        distances, rows = index.search(queries[start : start + step], fetch)
+        rows = np.where((rows >= exclude[0]) & (rows < exclude[1]), -1, rows)
+        found = Neighbors.from_search(rows, distances)
+        found = found.taken(np.argsort(found.distances, axis=1, kind="stable")[:, :k])
+        for whole, part in zip(result, found, strict=True):
+            whole[start : start + step] = part
+    return result
 
 
 def rerank(keys: Keys, queries: npt.NDArray[np.float32], found: Neighbors, k: int) -> Neighbors:
@@ -107,20 +128,40 @@ def rerank(keys: Keys, queries: npt.NDArray[np.float32], found: Neighbors, k: in
         exact[start : start + step] = differences.square_().sum(dim=-1).numpy()
     exact[~found.present] = np.inf
     order = np.argsort(exact, axis=1, kind="stable")[:, :k]
-    ranked = Neighbors(found.entries, exact, found.present)
-    return Neighbors(*(np.take_along_axis(part, order, axis=1) for part in ranked))
+    return found._replace(distances=exact).taken(order)
+
+
+def empty_index(factory: str, width: int) -> Any:
+    """Make a FAISS index, not yet trained.
+
+    Raises:
+        IndexError_: FAISS does not know the factory string, or it does not go with this width.
+    """
+    try:
+        return faiss.index_factory(width, factory)
+    except RuntimeError as error:
+        raise IndexError_(
+            f"FAISS does not take {factory!r} for keys of width {width}: {_reason(error)}; expected 'auto', 'exact' or "
+            "a factory string such as 'IVF1024,SQ8'"
+        ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return what FAISS complains of, without the place in its source."""
+    return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", str(error).strip().splitlines()[0])
 
 
 def _train(keys: Keys, factory: str) -> tuple[Any, bool]:
     """Make an empty, trained index; tell whether it will hold the keys unchanged."""
-    index = faiss.index_factory(keys.width, factory)
+    index = empty_index(factory, keys.width)
     ivf = faiss.try_extract_index_ivf(index)
-    stores_keys = "Flat" in factory.split(",") and "," not in factory.replace("IVF", "").split("Flat")[-1]
-    wanted = "SQbf16" if keys.key_dtype == "bfloat16" else "SQfp16"
-    inner = faiss.downcast_index(ivf) if ivf is not None else None
-    if isinstance(inner, faiss.IndexIVFScalarQuantizer) and factory.endswith(wanted):
-        inner.by_residual = False  # the codes are then the stored keys themselves
-        stores_keys = len(factory.split(",")) == 2
+    kind = faiss.downcast_index(index)  # what stands before it, such as a PCA, changes distances
+    stores_keys = isinstance(kind, (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat, faiss.IndexNSGFlat))
+    if isinstance(kind, faiss.IndexIVFScalarQuantizer):
+        same = faiss.ScalarQuantizer.QT_bf16 if keys.key_dtype == "bfloat16" else faiss.ScalarQuantizer.QT_fp16
+        if kind.sq.qtype == same:
+            kind.by_residual = False  # the codes are then the stored keys themselves
+            stores_keys = True
     if index.is_trained:
         return index, stores_keys
     size = min(len(keys), max(1 << 16, _TRAINING_KEYS_A_LIST * (ivf.nlist if ivf is not None else 256)))
@@ -147,13 +188,15 @@ def _tune(keys: Keys, index: Any, stores_keys: bool) -> dict[str, Any]:
         measured = recall(found, truth)
         if measured >= _TARGET_RECALL:
             break
-    return {"nprobe": nprobe, "lists": lists, "recall": round(measured, 4), "recall_k": k, "recall_queries": len(queries)}
+    measurement = {"recall": round(measured, 4), "recall_k": k, "recall_queries": len(queries)}
+    return {"nprobe": nprobe, "lists": lists, **measurement}
 
 
 def recall(found: Neighbors, truth: Neighbors) -> float:
     """Return the share of the true neighbors that were found; both of shape (n, k)."""
-    hits = [len(np.intersect1d(a[m], b[p])) for a, m, b, p in zip(found.entries, found.present, truth.entries, truth.present, strict=True)]  # fmt: skip
-    return float(sum(hits) / max(1, truth.present.sum()))
+    rows = zip(found.entries, found.present, truth.entries, truth.present, strict=True)
+    hits = sum(len(np.intersect1d(mine[here], true[there])) for mine, here, true, there in rows)
+    return float(hits / max(1, truth.present.sum()))
 
 
 def _set_nprobe(index: Any, nprobe: int) -> None:

@@ -6,10 +6,10 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import ops
@@ -39,6 +39,10 @@ class KnnMixture:
     k: int = 1024
 
     def __post_init__(self) -> None:
+        for name in ("interpolation_weight", "temperature", "k"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise ConfigError(f"{name} is {value!r}; expected a number")
         if not 0.0 <= self.interpolation_weight <= 1.0:
             raise ConfigError(
                 f"interpolation weight λ is {self.interpolation_weight}; expected a number from 0 (the model alone) "
@@ -47,7 +51,7 @@ class KnnMixture:
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ConfigError(f"temperature is {self.temperature}; expected a positive number, about the size of a "
                               "typical squared distance; `memlm tune` finds one")  # fmt: skip
-        if self.k != int(self.k) or self.k < 1:
+        if not isinstance(self.k, Integral) or self.k < 1:
             raise ConfigError(f"k is {self.k}; expected a whole number of neighbors, at least 1")
 
     def weights(self, present: Tensor) -> Tensor:
@@ -108,8 +112,8 @@ class KnnMixture:
             values = json.loads(Path(path).read_text())
         except FileNotFoundError as error:
             raise ConfigError(f"{path} does not exist; `memlm tune … --save {path}` makes one") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}; expected a saved mixture") from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read as JSON: {error}; expected a saved mixture") from error
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or values.pop("kind", None) != "knn" or set(values) != names:
             raise ConfigError(f"{path} is not a saved kNN mixture; expected kind 'knn' and {', '.join(sorted(names))}")

@@ -89,19 +89,24 @@ def _mix(
     """Forward hook of the top-level model: put the mixture in the place of the logits."""
     as_tuple = isinstance(output, tuple)
     labels = kwargs.get("labels")
-    logits = output[1 if labels is not None else 0] if as_tuple else output.logits  # (batch, kept, vocabulary)
+    # in a tuple the logits come after the losses, which are single numbers
+    place = next(place for place, item in enumerate(output) if item.ndim) if as_tuple else 0
+    logits = output[place] if as_tuple else output.logits  # (batch, kept, vocabulary)
     tokens = args[0] if args else kwargs.get("input_ids")
     width = tokens.shape[1] if tokens is not None else kwargs["inputs_embeds"].shape[1]
     keys = _kept(keys_of(captured, site, logits.shape[0], width), kwargs.get("logits_to_keep", 0))
     if keys.shape[:2] != logits.shape[:2]:
-        raise ModelError(f"{tuple(keys.shape[:2])} keys for {tuple(logits.shape[:2])} logits: this forward is not supported")
+        raise ModelError(
+            f"{tuple(keys.shape[:2])} keys for {tuple(logits.shape[:2])} logits: this forward is not supported"
+        )
     mixed = _mixed_log_probs(logits, keys, memory, mixture)
     loss = None
     if labels is not None:
         items = {name: kwargs[name] for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         loss = model.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **items)  # type: ignore
     if as_tuple:
-        return (loss, mixed, *output[2:]) if loss is not None else (mixed, *output[1:])
+        losses = output[:place] if loss is None else (loss, *output[1:place])
+        return (*losses, mixed, *output[place + 1 :])
     output.logits = mixed
     if loss is not None:
         output.loss = loss

@@ -66,7 +66,9 @@ class LanguageModel:
         self.site: KeySite = find_key_site(model, key_site)
         limit = _positions(model)
         default = min(512, limit // 2)
-        self.windows = WindowScheme(context if context is not None else default, stride if stride is not None else default)
+        self.windows = WindowScheme(
+            context if context is not None else default, stride if stride is not None else default
+        )
         if self.windows.context + self.windows.stride - 1 > limit:
             raise ModelError(
                 f"context {self.windows.context} + stride {self.windows.stride} is longer than the {limit} positions of "
@@ -104,7 +106,9 @@ class LanguageModel:
     @cached_property
     def key_width(self) -> int:
         """Numbers in a key."""
-        return forward_to_site(self.model, self.site, torch.zeros((1, 2), dtype=torch.long, device=self.device)).shape[-1]
+        return forward_to_site(self.model, self.site, torch.zeros((1, 2), dtype=torch.long, device=self.device)).shape[
+            -1
+        ]
 
     def tokenize(self, document: Document) -> TokenizedDocument:
         """Return a document's token ids and where they stand in its text."""

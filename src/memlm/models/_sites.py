@@ -104,20 +104,21 @@ def find_key_site(model: Any, name: str | None = None) -> KeySite:
 
 def _last_ffn_input(model: Any, feed_forward: str | None, note: str) -> KeySite:
     decoder = find_decoder(model)
-    stacks = [item for item in decoder.named_modules() if isinstance(item[1], nn.ModuleList) and len(item[1])]
+    stacks = {path: item for path, item in decoder.named_modules() if isinstance(item, nn.ModuleList) and len(item)}
     if not stacks:
         raise UnsupportedArchitecture(
             f"{type(model).__name__} has no list of layers; name the key site yourself, e.g. key_site='final_norm_output'"
         )
-    stack_path, layers = max(stacks, key=lambda item: len(item[1]))
-    layer = layers[-1]
+    # a list inside another is one of experts, and may be longer than that of the layers
+    inner = {path for path in stacks for other in stacks if path.startswith(f"{other}.")}
+    layer = max((stacks[path] for path in stacks if path not in inner), key=len)[-1]
     names = (feed_forward,) if feed_forward else _FEED_FORWARD_NAMES
     for candidate in names:
         module = getattr(layer, candidate, None)
         if isinstance(module, nn.Module):
             return KeySite(LAST_FFN_INPUT, path_of(model, module), "input", note)
     raise UnsupportedArchitecture(
-        f"no feed-forward module ({', '.join(names)}) in the last layer of {type(model).__name__} ({stack_path}); name "
+        f"no feed-forward module ({', '.join(names)}) in {path_of(model, layer)} of {type(model).__name__}; name "
         "the key site yourself: 'final_norm_output' or the dotted path of a module"
     )
 

@@ -66,7 +66,9 @@ class TokenizedDocument(NamedTuple):
 def tokenize(tokenizer: Any, document: Document) -> TokenizedDocument:
     """Turn a document into its sequence of token ids."""
     if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{type(tokenizer).__name__} gives no text offsets; expected a fast tokenizer (tokenizer.json)")
+        raise ModelError(
+            f"{type(tokenizer).__name__} gives no text offsets; expected a fast tokenizer (tokenizer.json)"
+        )
     encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, spans = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
     if tokenizer.bos_token_id is not None:
@@ -92,7 +94,9 @@ class WindowBatch(NamedTuple):
     rows: torch.Tensor
 
 
-def batch_windows(sequences: Iterable[npt.NDArray[np.int64]], scheme: WindowScheme, tokens: int) -> Iterator[WindowBatch]:
+def batch_windows(
+    sequences: Iterable[npt.NDArray[np.int64]], scheme: WindowScheme, tokens: int
+) -> Iterator[WindowBatch]:
     """Cut sequences into windows and batch them by width, so that little is padded.
 
     Args:
@@ -119,7 +123,9 @@ def batch_windows(sequences: Iterable[npt.NDArray[np.int64]], scheme: WindowSche
         yield _make_batch(kept, batch, width)
 
 
-def _make_batch(sequences: list[npt.NDArray[np.int64]], cuts: list[tuple[int, int, int, int, int]], width: int) -> WindowBatch:
+def _make_batch(
+    sequences: list[npt.NDArray[np.int64]], cuts: list[tuple[int, int, int, int, int]], width: int
+) -> WindowBatch:
     input_ids = np.zeros((len(cuts), width), np.int64)
     scored = np.zeros((len(cuts), width), bool)
     targets, rows = [], []

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+_SMALLEST = float(torch.finfo(torch.float32).tiny)
+
 
 def knn_log_weights(distances: Tensor, present: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
     """Return the log share of every neighbor in its row: log softmax(−d / T) over those present.
@@ -33,12 +35,14 @@ def knn_log_weights(distances: Tensor, present: Tensor | None = None, *, tempera
     """
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature is {temperature}; expected a positive number")
-    scores = -distances.float() / temperature
-    if present is None:
-        return scores.log_softmax(dim=-1)
-    scores = scores.masked_fill(~present, -torch.inf)
-    empty = ~present.any(dim=-1, keepdim=True)  # a softmax over nothing would be NaN
-    return scores.masked_fill(empty, 0.0).log_softmax(dim=-1).masked_fill(~present, -torch.inf)
+    distances = distances.float()
+    if present is not None:
+        distances = distances.masked_fill(~present, torch.inf)
+    nearest = distances.amin(dim=-1, keepdim=True)
+    # Relative to the nearest, so that a small temperature cannot make every score −inf.
+    scores = (nearest - distances) / max(temperature, _SMALLEST)
+    scores = scores.masked_fill(nearest.isinf(), 0.0)  # a row without neighbors: a softmax over nothing would be NaN
+    return scores.log_softmax(dim=-1).masked_fill(distances.isinf(), -torch.inf)
 
 
 def knn_target_log_probs(log_weights: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -72,8 +76,7 @@ def knn_log_probs(log_weights: Tensor, tokens: Tensor, vocab_size: int) -> Tenso
         >>> knn_log_probs(weights, torch.tensor([[1, 1]]), vocab_size=3).exp().tolist()
         [[0.0, 1.0, 0.0]]
     """
-    dense = log_weights.new_zeros(len(log_weights), vocab_size)
-    return dense.scatter_add_(1, tokens, log_weights.exp()).log()
+    return _scatter_logsumexp(log_weights, tokens, vocab_size)
 
 
 def aggregate_by_token(log_weights: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,10 +91,17 @@ def aggregate_by_token(log_weights: Tensor, tokens: Tensor) -> tuple[Tensor, Ten
         over at a row's end repeat its last token with log probability −inf.
     """
     ordered, order = tokens.sort(dim=-1)
-    mass = log_weights.gather(1, order).exp()
     is_new = torch.ones_like(ordered, dtype=torch.bool)
     is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     place = is_new.cumsum(dim=-1) - 1  # (n, k): rank of the token among the distinct ones of its row
-    summed = torch.zeros_like(mass).scatter_add_(1, place, mass)
     distinct = ordered[:, -1:].expand_as(ordered).contiguous().scatter_(1, place, ordered)
-    return distinct, summed.log()
+    return distinct, _scatter_logsumexp(log_weights.gather(1, order), place, tokens.shape[1])
+
+
+def _scatter_logsumexp(values: Tensor, places: Tensor, width: int) -> Tensor:
+    """Return the logsumexp of the values (n, k) that go to the same place, shape (n, width); −inf where none goes."""
+    largest = values.new_full((len(values), width), -torch.inf)
+    largest.scatter_reduce_(1, places, values.detach(), reduce="amax")
+    largest = largest.masked_fill(largest.isinf(), 0.0)
+    # Relative to the largest: a share too small for a float32 still has a logarithm.
+    return torch.zeros_like(largest).scatter_add_(1, places, (values - largest.gather(1, places)).exp()).log() + largest

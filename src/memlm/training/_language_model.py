@@ -51,7 +51,9 @@ def train_language_model(recipe: Recipe, output: str | Path, *, show_progress: b
              for number, path in enumerate(recipe.valid)}  # fmt: skip
     schedule = recipe.schedule
     if len(train[0]) <= schedule.block:
-        raise ConfigError(f"the training text has {len(train[0])} tokens; expected more than a block ({schedule.block})")
+        raise ConfigError(
+            f"the training text has {len(train[0])} tokens; expected more than a block ({schedule.block})"
+        )
 
     torch.manual_seed(schedule.seed)
     model = LlamaForCausalLM(_config(recipe, tokenizer))

@@ -1,0 +1,62 @@
+"""The application: verbs, errors and exit codes.
+
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a check found something wrong, 2 bad input,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from . import _build, _demo, _doctor, _eval, _explain, _generate, _info, _overlap, _train_lm, _tune
+
+app = typer.Typer(
+    name="memlm",
+    help="Give a language model a memory outside its weights.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+app.command("build")(_build.build)
+app.command("info")(_info.info)
+app.command("overlap")(_overlap.overlap)
+app.command("tune")(_tune.tune)
+app.command("eval")(_eval.evaluate)
+app.command("generate")(_generate.generate)
+app.command("explain")(_explain.explain)
+app.command("train-lm")(_train_lm.train_lm)
+app.command("demo")(_demo.demo)
+app.command("doctor")(_doctor.doctor)
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error."),
+    version: bool = typer.Option(False, "--version", help="Show the version and leave."),
+) -> None:
+    context.obj = {"debug": debug}
+    if version:
+        from .. import __version__
+
+        typer.echo(f"memlm {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; errors that memlm raises on purpose become one line and exit code 2."""
+    from ..errors import MemlmError
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(arguments)
+    except MemlmError as error:
+        if "--debug" in arguments:
+            raise
+        typer.secho(f"memlm: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.secho("memlm: interrupted", fg=typer.colors.RED, err=True)
+        sys.exit(130)

@@ -1,0 +1,52 @@
+"""`memlm build`: documents → datastore."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import DatastoreError
+from . import _common as common
+
+
+def build(
+    model: common.Model,
+    text: common.Text,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the datastore to make.")],
+    index: Annotated[str, typer.Option(help="auto, exact, or a FAISS factory string such as IVF1024,SQ8.")] = "auto",
+    key_dtype: Annotated[str, typer.Option(help="Type in which keys are stored: float16 or bfloat16.")] = "float16",
+    dtype: common.Dtype = "float32",
+    device: common.Device = None,
+    key_site: common.KeySite = None,
+    context: common.Context = None,
+    stride: common.Stride = None,
+    json: common.Json = False,
+) -> None:
+    """Store every token of some documents: what the model saw before it, and which token it was."""
+    if (output / "manifest-000001.json").exists():
+        raise DatastoreError(f"{output} exists already; name a new folder, or remove it first")
+    from ..datastore import Datastore
+    from ..documents import Corpus
+
+    lm = common.load_model(model, dtype, device, key_site, context, stride)
+    corpus = Corpus([str(path) for path in text])
+    memory = Datastore.build(lm, corpus, output, index=index, key_dtype=key_dtype)
+    for name, reason in list(corpus.skipped.items())[:5]:
+        common.note(f"left out {name}: {reason}")
+    if len(corpus.skipped) > 5:
+        common.note(f"left out {len(corpus.skipped) - 5} more documents without text or binary")
+    details = memory.index.details
+    how = (
+        f"{details['factory']}, recall@{details['recall_k']} {details['recall']:.3f}"
+        if "factory" in details
+        else "exact"
+    )
+    info = memory.info()
+    common.emit(
+        info,
+        f"{output}: {info['entries']:,} entries of {info['documents']:,} documents, {info['bytes'] / 1e6:,.1f} MB, "
+        f"keys from {lm.site.name}, search: {how}",
+        json,
+    )

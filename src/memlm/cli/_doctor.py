@@ -1,0 +1,92 @@
+"""`memlm doctor`: is everything in order, and does a datastore still fit its model?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import _common as common
+
+_SAMPLED_TOKENS = 2048  # recomputed at a document's beginning
+
+
+def doctor(
+    datastore: Annotated[Path | None, typer.Argument(help="A datastore to check.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model that made it: recompute a sample of its keys.")] = None,
+    documents: Annotated[int, typer.Option(help="Documents whose keys are recomputed.")] = 3,
+    json: common.Json = False,
+) -> None:
+    """Show versions and hardware; check a datastore's files, and recompute some of its keys with the model."""
+    report: dict[str, Any] = {"versions": _versions(), "hardware": _hardware(), "problems": []}
+    if datastore is not None:
+        from ..datastore import Datastore
+
+        memory = Datastore(datastore)  # raises where a file is damaged
+        report["datastore"] = {"path": str(datastore), "entries": len(memory), "files": "match their checksums"}
+        if model is not None:
+            report["keys"] = _recompute(memory, model, documents)
+            if report["keys"]["median_relative_difference"] > 0.02:
+                report["problems"].append("recomputed keys differ from the stored ones: other weights, or other code")
+    lines = [f"{name:<14} {value}" for part in ("versions", "hardware") for name, value in report[part].items()]
+    lines += [
+        f"{part:<14} {name}: {value}" for part in ("datastore", "keys") for name, value in report.get(part, {}).items()
+    ]
+    lines += [f"problem: {text}" for text in report["problems"]] or ["no problem found"]
+    common.emit(report, "\n".join(lines), json)
+    if report["problems"]:
+        raise typer.Exit(1)
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("memlm", "torch", "transformers", "tokenizers", "faiss-cpu", "safetensors", "numpy", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    import os
+
+    import torch
+
+    found: dict[str, Any] = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if hasattr(os, "sysconf"):
+        found["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    found["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return found
+
+
+def _recompute(memory: Any, model: str, count: int) -> dict[str, Any]:
+    """Compute the keys of some documents again and compare them with the stored ones."""
+    import numpy as np
+    import torch
+
+    from ..documents import Document
+
+    lm = common.load_for(memory, model, memory.manifest.encoder["dtype"], None)
+    memory.manifest.check_bound(lm.identity)
+    differences = []
+    chosen = set(np.linspace(0, memory.manifest.documents - 1, count).astype(int).tolist())
+    for number, stored in enumerate(memory.documents()):
+        if number not in chosen:
+            continue
+        first, _ = stored["entries"]
+        ids = lm.tokenize(Document(id=stored["id"], text=stored["text"])).ids[:_SAMPLED_TOKENS]
+        for rows, keys in lm.keys([ids]):
+            old = memory.gather_keys(rows.numpy() + first).float()
+            new = keys.float().cpu()
+            differences.append((old - new).norm(dim=1) / new.norm(dim=1).clamp_min(1e-12))
+    difference = torch.cat(differences)
+    return {
+        "recomputed": len(difference),
+        "median_relative_difference": float(difference.median()),
+        "largest_relative_difference": float(difference.max()),
+    }

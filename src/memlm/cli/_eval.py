@@ -1,0 +1,29 @@
+"""`memlm eval`: perplexity with and without the memory."""
+
+from __future__ import annotations
+
+from . import _common as common
+
+
+def evaluate(
+    model: common.Model,
+    datastore: common.Memory,
+    text: common.Text,
+    mixture: common.Mixture = None,
+    weight: common.Weight = None,
+    temperature: common.Temperature = None,
+    k: common.K = None,
+    max_tokens: common.MaxTokens = None,
+    dtype: common.Dtype = "float32",
+    device: common.Device = None,
+    json: common.Json = False,
+) -> None:
+    """Score text by the model alone and with the memory: perplexity per token, word and byte, and tokens a second."""
+    settings = common.load_mixture(mixture, weight, temperature, k)
+    from ..datastore import Datastore
+    from ..evaluation import evaluate as measure
+
+    memory = Datastore(datastore)
+    lm = common.load_for(memory, model, dtype, device)
+    result = measure(lm, [str(path) for path in text], memory, settings, max_tokens=max_tokens)
+    common.emit(result.to_dict(), str(result), json)

@@ -1,0 +1,77 @@
+"""`memlm generate`: text written with the memory."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from . import _common as common
+
+
+def generate(
+    model: common.Model,
+    datastore: common.Memory,
+    prompt: Annotated[str, typer.Argument(help="Beginning of the text.")],
+    mixture: common.Mixture = None,
+    weight: common.Weight = None,
+    temperature: common.Temperature = None,
+    k: common.K = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 60,
+    sample: Annotated[bool, typer.Option(help="Draw tokens; otherwise take the likeliest.")] = False,
+    top_p: Annotated[float, typer.Option(help="With --sample: draw from the likeliest tokens of this mass.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    sources: Annotated[bool, typer.Option(help="Show where the text came from, at the end.")] = True,
+    dtype: common.Dtype = "float32",
+    device: common.Device = None,
+    json: common.Json = False,
+) -> None:
+    """Write text with the memory, token by token as it comes, and show its sources."""
+    if not prompt:
+        raise ConfigError("the prompt is empty; give the beginning of a text")
+    if max_new_tokens < 1 or not 0 < top_p <= 1:
+        raise ConfigError(
+            f"max-new-tokens {max_new_tokens} and top-p {top_p}: expected at least 1, and a share up to 1"
+        )
+    settings = common.load_mixture(mixture, weight, temperature, k)
+    from ..datastore import Datastore
+    from ..evaluation import explain
+
+    memory = Datastore(datastore)
+    lm = common.load_for(memory, model, dtype, device)
+    options: dict[str, Any] = {"do_sample": True, "top_p": top_p} if sample else {"do_sample": False}
+    text = write(lm, memory, settings, prompt, max_new_tokens, seed, stream=not json, **options)
+    explanation = explain(lm, text, memory, settings, title="Generated text", generated_from=len(prompt))
+    if json:
+        common.emit({"text": text, "explanation": explanation.to_dict()}, "", True)
+    elif sources:
+        typer.echo()
+        explanation.print()
+
+
+def write(
+    lm: Any, memory: Any, settings: Any, prompt: str, max_new_tokens: int, seed: int, *, stream: bool, **options: Any
+) -> str:
+    """Generate a continuation and return the whole text; with `stream`, print it to stdout as it comes."""
+    import torch
+    from transformers import TextStreamer
+
+    from ..models import attach
+
+    ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if lm.tokenizer.bos_token_id is not None:
+        ids = [lm.tokenizer.bos_token_id, *ids]
+    inputs = torch.tensor([ids], device=lm.device)
+    if stream:
+        options["streamer"] = TextStreamer(lm.tokenizer, skip_prompt=False, skip_special_tokens=True)
+    torch.manual_seed(seed)
+    with attach(lm.model, memory, settings):
+        output = lm.model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=lm.tokenizer.eos_token_id,
+            **options,
+        )
+    return prompt + lm.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)

@@ -1,0 +1,29 @@
+"""`memlm overlap`: how much of a text the datastore holds word for word."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import _common as common
+
+
+def overlap(
+    model: common.Model,
+    datastore: common.Memory,
+    text: common.Text,
+    n: Annotated[int, typer.Option("--n", help="Tokens an n-gram.")] = 8,
+    json: common.Json = False,
+) -> None:
+    """Measure the share of a text's n-grams that are stored: contamination inflates every gain."""
+    from ..datastore import Datastore
+    from ..evaluation import overlap as measure
+
+    memory = Datastore(datastore)
+    result = measure(common.load_for(memory, model, "float32", None), [str(path) for path in text], memory, n=n)
+    lines = [f"{100 * result.share:.1f} % of {result.ngrams:,} {n}-grams are stored"]
+    lines += [f"  {100 * share:5.1f} %  {name}" for name, share in list(result.documents.items())[:10]]
+    if result.stored:
+        lines.append(f"{len(result.stored)} documents are stored whole: {', '.join(result.stored[:5])}")
+    common.emit(result.to_dict(), "\n".join(lines), json)

@@ -1,0 +1,34 @@
+"""`memlm tune`: λ, temperature and k from held-out text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import _common as common
+
+
+def tune(
+    model: common.Model,
+    datastore: common.Memory,
+    text: common.Text,
+    save: Annotated[Path | None, typer.Option(help="Write the settings here, for --mixture.")] = None,
+    max_k: Annotated[int, typer.Option(help="Most neighbors a token.")] = 1024,
+    max_tokens: common.MaxTokens = 20_000,
+    dtype: common.Dtype = "float32",
+    device: common.Device = None,
+    json: common.Json = False,
+) -> None:
+    """Choose λ, temperature and k by the likelihood of held-out text, and say whether the memory helps at all."""
+    from ..datastore import Datastore
+    from ..evaluation import tune_report
+
+    memory = Datastore(datastore)
+    lm = common.load_for(memory, model, dtype, device)
+    report = tune_report(lm, memory, [str(path) for path in text], max_k=max_k, max_tokens=max_tokens)
+    if save is not None:
+        report.mixture.save(save)
+        common.note(f"settings written to {save}")
+    common.emit({**report.to_dict(), "grid": report.grid}, report.verdict(), json)
