@@ -16,7 +16,7 @@ from ..files import write_json
 from . import _common as common
 
 _LEFT_OUT = ("test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "pydoc_data")
-_SIZES = {"train": 120_000, "valid": 45_000, "test": 60_000}  # characters
+_SIZES = {"train": 850_000, "valid": 45_000, "test": 60_000}  # characters
 _FILE = 60_000  # characters taken of one file at most
 
 

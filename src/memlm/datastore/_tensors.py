@@ -6,7 +6,7 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import safetensors
@@ -75,7 +75,7 @@ def open_tensors(path: Path) -> dict[str, np.ndarray]:
         raise DatastoreCorrupt(f"{path} cannot be read ({error}); restore it from a copy or build again") from error
 
 
-def _maps(path: Path, mode: str) -> dict[str, np.ndarray]:
+def _maps(path: Path, mode: Literal["r+", "c"]) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))

@@ -43,5 +43,6 @@ def paired_bootstrap(
         return Interval(mean, -np.inf, np.inf, unit)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    # "inverted_cdf" does not interpolate: means may be −inf, where λ = 1 made a token impossible
+    low, high = np.percentile(means, [2.5, 97.5], method="inverted_cdf")
     return Interval(mean, float(low), float(high), unit)

@@ -15,7 +15,8 @@ _SAMPLE = 1024  # values hashed of each parameter: enough to notice any training
 def encoder_fingerprint(decoder: nn.Module) -> str:
     """Hash the names, shapes and a sample of the values of every parameter below the output embedding.
 
-    Values are rounded to bfloat16 first, so that a model has one fingerprint whatever type it was loaded in.
+    Values are rounded to bfloat16 first, so that a model loaded in float32 and in bfloat16 has one fingerprint. In
+    float16 it may have another: its weights are then rounded twice, or out of range.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(decoder.named_parameters()):

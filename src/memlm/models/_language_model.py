@@ -44,8 +44,8 @@ class LanguageModel:
         tokenizer: Its fast tokenizer.
         name: What to call it in messages and manifests.
         key_site: See `find_key_site`.
-        context: Tokens of left context a window; None means half of what the model takes, at most 512.
-        stride: Targets a window; None means as many as `context`.
+        context: Tokens of left context a window; None means a quarter of what the model takes, at most 256.
+        stride: Targets a window; None means what remains of the model's length, up to 1,024 tokens in all.
         batch_tokens: Input tokens a forward pass.
     """
 
@@ -65,10 +65,9 @@ class LanguageModel:
         self.name = name
         self.site: KeySite = find_key_site(model, key_site)
         limit = _positions(model)
-        default = min(512, limit // 2)
-        self.windows = WindowScheme(
-            context if context is not None else default, stride if stride is not None else default
-        )
+        width = min(1024, limit)
+        context = width // 4 if context is None else context
+        self.windows = WindowScheme(context, max(1, width - context) if stride is None else stride)
         if self.windows.context + self.windows.stride - 1 > limit:
             raise ModelError(
                 f"context {self.windows.context} + stride {self.windows.stride} is longer than the {limit} positions of "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..errors import ConfigError, ModelError
 from ._language_model import LanguageModel
@@ -47,15 +48,25 @@ def load(
         raise ModelError(f"{name} holds no config.json; expected a folder made by save_pretrained")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=_DTYPES[dtype], revision=revision, trust_remote_code=trust_remote_code
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=_DTYPES[dtype],
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(" .:")
         raise ModelError(
-            f"cannot load a causal language model from {str(name)!r}: {reason} Expected a folder made by "
+            f"cannot load a causal language model from {str(name)!r}: {reason}. Expected a folder made by "
             "save_pretrained, the name of a model on the hub, or 'reference'"
         ) from error
+    missing = sorted(loading["missing_keys"])  # transformers draws these at random and goes on
+    if missing:
+        raise ModelError(
+            f"{str(name)!r} lacks {len(missing)} of the weights of a {type(model).__name__} ({', '.join(missing[:3])}); "
+            "expected a causal language model saved with its head"
+        )
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return LanguageModel(model, tokenizer, Path(name).name if Path(name).is_dir() else str(name), **settings)
 

@@ -94,7 +94,7 @@ def aggregate_by_token(log_weights: Tensor, tokens: Tensor) -> tuple[Tensor, Ten
     is_new = torch.ones_like(ordered, dtype=torch.bool)
     is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     place = is_new.cumsum(dim=-1) - 1  # (n, k): rank of the token among the distinct ones of its row
-    distinct = ordered[:, -1:].expand_as(ordered).contiguous().scatter_(1, place, ordered)
+    distinct = ordered[:, -1:].repeat(1, ordered.shape[1]).scatter_(1, place, ordered)
     return distinct, _scatter_logsumexp(log_weights.gather(1, order), place, tokens.shape[1])
 
 

@@ -21,7 +21,7 @@ class ModelShape:
     intermediate_size: int = 640
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
-    max_position_embeddings: int = 1024
+    max_position_embeddings: int = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

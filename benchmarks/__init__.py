@@ -1,0 +1,1 @@
+"""Measurements; results are committed beside the commands that make them."""

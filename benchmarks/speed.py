@@ -1,0 +1,258 @@
+"""Speed, as ratios in one run on the same windows; peak memory beside each.
+
+    python -m benchmarks.speed            # everything, on Python's own library; about a quarter of an hour on two cores
+    python -m benchmarks.speed extraction # one part
+
+extraction: keys alone against the plain forward pass with logits, same precision, same batches.
+gpt2: scoring through 1 M entries, k = 1024, against scoring by the model alone; 124 M parameters in GPT-2's shape.
+reference: building and scoring with the reference model and 300 k entries, against benchmarks/straightforward.py.
+
+The 124 M model has random weights (speed does not depend on them), and its 1 M entries are the keys of real text, each
+repeated with noise of the size of the distance to its nearest neighbor. Every part runs in a process of its own, whose
+peak resident memory is reported. Results go to benchmarks/results/speed.json and speed.md.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import memlm
+from memlm.cli._demo import standard_library
+from memlm.evaluation import evaluate
+from memlm.models import LanguageModel
+from memlm.models._windows import batch_windows
+
+from . import straightforward
+
+RESULTS = Path(__file__).parent / "results"
+K = 1024
+MIXTURE = memlm.KnnMixture(interpolation_weight=0.5, temperature=20.0, k=K)
+
+
+def main() -> None:
+    """Run every part in a process of its own and write the results, or run the part that is named."""
+    if len(sys.argv) > 1:
+        row = PARTS[sys.argv[1]]()
+        row["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print("RESULT " + json.dumps(row))
+        return
+    results: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    for name in PARTS:
+        print(f"== {name}", file=sys.stderr)
+        command = [sys.executable, "-m", "benchmarks.speed", name]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        results[name] = json.loads(output.split("RESULT ")[-1])
+        print(results[name], file=sys.stderr)
+    RESULTS.joinpath("speed.json").write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.joinpath("speed.md").write_text(table(results))
+
+
+def gpt2_shaped(lm: LanguageModel) -> LanguageModel:
+    """A model of GPT-2's shape (124 M parameters, vocabulary 50,257) with random weights, over the reference tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    token = lm.tokenizer.bos_token_id
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=token, eos_token_id=token)).eval()
+    return LanguageModel(model, lm.tokenizer, "gpt2-shaped", context=256, stride=768)
+
+
+def sequences(lm: LanguageModel, split: str, tokens: int) -> list[np.ndarray]:
+    """Token ids of real documents, cut off after so many targets."""
+    taken: list[np.ndarray] = []
+    room = tokens
+    for document in standard_library_text(split):
+        ids = lm.tokenize(document).ids[: room + 1]
+        taken.append(ids)
+        room -= len(ids) - 1
+        if room <= 0:
+            break
+    return taken
+
+
+def standard_library_text(split: str) -> list[memlm.Document]:
+    """Documents of one split of the demo, whole."""
+    return list(standard_library(scale=4)[split])
+
+
+def timed(work: Callable[[], Any], repeats: int = 3) -> float:
+    """Median seconds of some runs, after one that does not count."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds))
+
+
+def extraction() -> dict[str, Any]:
+    """Keys alone against the plain forward pass with logits, same batches."""
+    rows: dict[str, Any] = {}
+    reference = memlm.reference_lm()
+    for lm, tokens in ((reference, 40_000), (gpt2_shaped(reference), 8_000)):
+        ids = sequences(lm, "valid", tokens)
+        batches = list(batch_windows(ids, lm.windows, lm.batch_tokens))
+
+        def plain(lm: LanguageModel = lm, batches: Any = batches) -> None:
+            with torch.no_grad():
+                for batch in batches:
+                    lm.model(input_ids=batch.input_ids, use_cache=False)
+
+        def keys(lm: LanguageModel = lm, ids: Any = ids) -> None:
+            for _ in lm.keys(ids):
+                pass
+
+        count = sum(len(item) - 1 for item in ids)
+        seconds = timed(plain), timed(keys)
+        rows[lm.name] = {"plain": count / seconds[0], "keys": count / seconds[1], "ratio": seconds[0] / seconds[1]}
+    return rows
+
+
+class NoisyKeys:
+    """An encoder whose entries are those of real text, each repeated with a little noise: a large store, made quickly."""
+
+    def __init__(self, lm: LanguageModel, ids: list[np.ndarray], entries: int) -> None:
+        self.identity, self.key_width = lm.identity, lm.key_width
+        self.tokens = np.concatenate(ids)
+        parts = [(rows, keys) for rows, keys in lm.keys([self.tokens])]
+        rows, keys = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        self.base = keys[rows.argsort()].float()
+        sample = self.base[:512]
+        distance = torch.cdist(sample, self.base).topk(2, largest=False).values[:, 1].median()
+        self.noise = float(distance) / self.key_width**0.5
+        self.copies = entries // len(self.base)
+
+    def tokenize(self, document: memlm.Document) -> Any:
+        from memlm.models._windows import TokenizedDocument
+
+        return TokenizedDocument(document, self.tokens, np.zeros((len(self.tokens), 2), np.uint32))
+
+    def keys(self, sequences: Any) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        for number, _ in enumerate(sequences):
+            noise = torch.randn(self.base.shape, generator=generator) * self.noise
+            yield torch.arange(len(self.base)) + number * len(self.base), self.base + noise
+
+
+def gpt2() -> dict[str, Any]:
+    """Scoring through a million entries against scoring by the model alone."""
+    reference = memlm.reference_lm()
+    lm = gpt2_shaped(reference)
+    encoder = NoisyKeys(lm, sequences(lm, "train", 15_999), 1_000_000)
+    copies = [memlm.Document(id=str(number), text=f"copy {number}") for number in range(encoder.copies)]
+    with tempfile.TemporaryDirectory() as folder:
+        memory = memlm.Datastore.build(encoder, copies, Path(folder) / "memory")
+        test = [memlm.Document(id=str(n), text=lm.tokenizer.decode(ids, skip_special_tokens=True)) for n, ids in enumerate(sequences(lm, "test", 8_000))]
+        result = evaluate(lm, test, memory, MIXTURE)
+        alone, mixed = (row.tokens_per_second for row in result.results)
+        return {"entries": len(memory), "alone": alone, "memory": mixed, "ratio": mixed / alone, "index": memory.index.details}
+
+
+def reference_memlm() -> dict[str, Any]:
+    """memlm with 300 k entries: build, tune nothing, score."""
+    lm = memlm.reference_lm()
+    documents = [memlm.Document(id=str(n), text=lm.tokenizer.decode(ids, skip_special_tokens=True)) for n, ids in enumerate(sequences(lm, "train", 300_000))]
+    test = [memlm.Document(id=str(n), text=lm.tokenizer.decode(ids, skip_special_tokens=True)) for n, ids in enumerate(sequences(lm, "test", 20_000))]
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        memory = memlm.Datastore.build(lm, documents, Path(folder) / "memory")
+        seconds = time.perf_counter() - started
+        result = evaluate(lm, test, memory, MIXTURE)
+        return {
+            "entries": len(memory),
+            "build": len(memory) / seconds,
+            "score": result.results[1].tokens_per_second,
+            "score_model_alone": result.results[0].tokens_per_second,
+            "recall": query_recall(lm, memory, test),
+            "index": memory.index.details,
+        }
+
+
+def query_recall(lm: LanguageModel, memory: Any, test: list[memlm.Document]) -> float:
+    """Recall@1024 on held-out queries, against exact search."""
+    from memlm.index import ExactIndex
+    from memlm.index._faiss import recall
+
+    queries = next(iter(lm.keys([lm.tokenize(test[0]).ids])))[1][:500].float().numpy()
+    return recall(memory.search(queries, K), ExactIndex(memory).search(queries, K, (0, 0)))
+
+
+def reference_straightforward() -> dict[str, Any]:
+    """The baseline on the same windows, one at a time."""
+    lm = memlm.reference_lm()
+    site = straightforward.last_feed_forward(lm.model)
+
+    def windows(split: str, tokens: int) -> list[straightforward.Window]:
+        return [
+            straightforward.Window(torch.from_numpy(ids[start:stop]), first - start - 1)
+            for ids in sequences(lm, split, tokens)
+            for start, first, stop in lm.windows.windows(len(ids))
+        ]
+
+    with tempfile.TemporaryDirectory() as folder:
+        timing = straightforward.build(lm.model, site, windows("train", 300_000), folder)
+        store = straightforward.load(folder)
+        scores = straightforward.score(
+            lm.model, site, windows("test", 20_000), store, k=K, interpolation_weight=0.5, temperature=20.0
+        )
+        build_seconds = timing["extraction_seconds"] + timing["index_seconds"]
+        return {
+            "entries": int(timing["tokens"]),
+            "build": timing["tokens"] / build_seconds,
+            "extraction": timing["tokens"] / timing["extraction_seconds"],
+            "score": scores.tokens / scores.seconds,
+            "score_model_alone": scores.tokens / scores.model_seconds,
+            "search_seconds": scores.search_seconds,
+            "mixture_seconds": scores.mixture_seconds,
+        }
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "extraction": extraction,
+    "gpt2": gpt2,
+    "reference_memlm": reference_memlm,
+    "reference_straightforward": reference_straightforward,
+}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the Markdown page."""
+    ours, base, gpt = results["reference_memlm"], results["reference_straightforward"], results["gpt2"]
+    lines = [
+        "# Speed",
+        "",
+        f"One run, {results['threads']} threads, torch {results['torch']}, float32; tokens a second. Made by `make bench`",
+        "(`python -m benchmarks.speed`), which says what each part is.",
+        "",
+        "| what | tokens/s | against | tokens/s | ratio | peak memory, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in results["extraction"].items():
+        if isinstance(row, dict):
+            lines.append(f"| keys, {name} | {row['keys']:,.0f} | plain forward with logits | {row['plain']:,.0f} | {row['ratio']:.2f} | {results['extraction']['peak_memory_mb']:,.0f} |")  # fmt: skip
+    lines.append(f"| scoring through {gpt['entries']:,} entries, k = {K}, GPT-2 shape | {gpt['memory']:,.0f} | model alone | {gpt['alone']:,.0f} | {gpt['ratio']:.2f} | {gpt['peak_memory_mb']:,.0f} |")  # fmt: skip
+    for what in ("build", "score"):
+        lines.append(f"| {what}, reference model, {ours['entries']:,} entries | {ours[what]:,.0f} | straightforward | {base[what]:,.0f} | {ours[what] / base[what]:.2f} | {ours['peak_memory_mb']:,.0f} against {base['peak_memory_mb']:,.0f} |")  # fmt: skip
+    lines += [
+        "",
+        f"Index of the reference model's store: {ours['index']['factory']}, nprobe {ours['index']['nprobe']}, recall@1024 on",
+        f"held-out queries {ours['recall']:.3f}, exact distances. Scoring by the model alone: {ours['score_model_alone']:,.0f} tokens/s",
+        f"here, {base['score_model_alone']:,.0f} in the straightforward program, one window at a time.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
