@@ -196,7 +196,11 @@ def table(results: dict[str, Any]) -> str:
                 f"{faiss['perplexity with T = 1, λ = .25']:.1f} | {faiss['interpolation_weight']:.2f} | "
                 f"{faiss['temperature']:.3g} | {faiss['k']} |"
             )
-    lines += ["", "| index | factory | nprobe | recall@1024 | exact tokens/s | FAISS tokens/s | LM alone, tokens/s |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        "",
+        "| index | factory | nprobe | recall@1024 | exact tokens/s | FAISS tokens/s | LM alone, tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for corpus, scopes in results.items():
         for scope, row in scopes.items():
             index = row["faiss"]["index"]

@@ -154,17 +154,32 @@ def gpt2() -> dict[str, Any]:
     copies = [memlm.Document(id=str(number), text=f"copy {number}") for number in range(encoder.copies)]
     with tempfile.TemporaryDirectory() as folder:
         memory = memlm.Datastore.build(encoder, copies, Path(folder) / "memory")
-        test = [memlm.Document(id=str(n), text=lm.tokenizer.decode(ids, skip_special_tokens=True)) for n, ids in enumerate(sequences(lm, "test", 8_000))]
+        test = [
+            memlm.Document(id=str(n), text=lm.tokenizer.decode(ids, skip_special_tokens=True))
+            for n, ids in enumerate(sequences(lm, "test", 8_000))
+        ]
         result = evaluate(lm, test, memory, MIXTURE)
         alone, mixed = (row.tokens_per_second for row in result.results)
-        return {"entries": len(memory), "alone": alone, "memory": mixed, "ratio": mixed / alone, "index": memory.index.details}
+        return {
+            "entries": len(memory),
+            "alone": alone,
+            "memory": mixed,
+            "ratio": mixed / alone,
+            "index": memory.index.details,
+        }
 
 
 def reference_memlm() -> dict[str, Any]:
     """memlm with 300 k entries: build, tune nothing, score."""
     lm = memlm.reference_lm()
-    documents = [memlm.Document(id=str(n), text=lm.tokenizer.decode(ids, skip_special_tokens=True)) for n, ids in enumerate(sequences(lm, "train", 300_000))]
-    test = [memlm.Document(id=str(n), text=lm.tokenizer.decode(ids, skip_special_tokens=True)) for n, ids in enumerate(sequences(lm, "test", 20_000))]
+    documents = [
+        memlm.Document(id=str(n), text=lm.tokenizer.decode(ids, skip_special_tokens=True))
+        for n, ids in enumerate(sequences(lm, "train", 300_000))
+    ]
+    test = [
+        memlm.Document(id=str(n), text=lm.tokenizer.decode(ids, skip_special_tokens=True))
+        for n, ids in enumerate(sequences(lm, "test", 20_000))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         memory = memlm.Datastore.build(lm, documents, Path(folder) / "memory")
@@ -241,10 +256,16 @@ def table(results: dict[str, Any]) -> str:
     ]
     for name, row in results["extraction"].items():
         if isinstance(row, dict):
-            lines.append(f"| keys, {name} | {row['keys']:,.0f} | plain forward with logits | {row['plain']:,.0f} | {row['ratio']:.2f} | {results['extraction']['peak_memory_mb']:,.0f} |")  # fmt: skip
-    lines.append(f"| scoring through {gpt['entries']:,} entries, k = {K}, GPT-2 shape | {gpt['memory']:,.0f} | model alone | {gpt['alone']:,.0f} | {gpt['ratio']:.2f} | {gpt['peak_memory_mb']:,.0f} |")  # fmt: skip
+            lines.append(
+                f"| keys, {name} | {row['keys']:,.0f} | plain forward with logits | {row['plain']:,.0f} | {row['ratio']:.2f} | {results['extraction']['peak_memory_mb']:,.0f} |"
+            )
+    lines.append(
+        f"| scoring through {gpt['entries']:,} entries, k = {K}, GPT-2 shape | {gpt['memory']:,.0f} | model alone | {gpt['alone']:,.0f} | {gpt['ratio']:.2f} | {gpt['peak_memory_mb']:,.0f} |"
+    )
     for what in ("build", "score"):
-        lines.append(f"| {what}, reference model, {ours['entries']:,} entries | {ours[what]:,.0f} | straightforward | {base[what]:,.0f} | {ours[what] / base[what]:.2f} | {ours['peak_memory_mb']:,.0f} against {base['peak_memory_mb']:,.0f} |")  # fmt: skip
+        lines.append(
+            f"| {what}, reference model, {ours['entries']:,} entries | {ours[what]:,.0f} | straightforward | {base[what]:,.0f} | {ours[what] / base[what]:.2f} | {ours['peak_memory_mb']:,.0f} against {base['peak_memory_mb']:,.0f} |"
+        )
     lines += [
         "",
         f"Index of the reference model's store: {ours['index']['factory']}, nprobe {ours['index']['nprobe']}, recall@1024 on",

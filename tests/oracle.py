@@ -14,30 +14,24 @@ def stored_entries(folder):
 
 
 def teacher_forced(model, site, ids):
-    """Run a plain forward of one sequence; return log p_LM and keys at every position, float64."""
+    """Run a plain forward of one sequence; return log p_LM, (n, vocabulary), and keys at every position, float64."""
     seen = []
     module = model.get_submodule(site.path)
-    into = module.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append([*args, *kwargs.values()][0]), with_kwargs=True
-    )
-    out = module.register_forward_hook(lambda _, args, output: seen.append(output))
+    hook = module.register_forward_hook(lambda _, *passed: seen.extend(passed), with_kwargs=True)
     with torch.no_grad():
         logits = model(input_ids=torch.as_tensor(ids)[None]).logits[0].double().numpy()
-    into.remove(), out.remove()
-    keys = seen[0] if site.tensor == "input" else seen[1].last_hidden_state
-    logits = logits - logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)), keys.reshape(len(ids), -1).double().numpy()
+    hook.remove()
+    args, kwargs, output = seen
+    keys = [*args, *kwargs.values()][0] if site.tensor == "input" else output.last_hidden_state
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True), keys.reshape(len(ids), -1).double().numpy()
 
 
-def knn(queries, keys, values, k, temperature, vocab_size):
-    """Return p_kNN of every query, (n, vocab_size), and where the k-th and the next neighbor cannot be told apart."""
-    distances = np.square(queries[:, None] - keys[None]).sum(axis=2)
-    order, near = distances.argsort(axis=1)[:, :k], np.sort(distances, axis=1)
-    weights = np.exp((near[:, :1] - near[:, :k]) / temperature)
-    probabilities = np.zeros((len(queries), vocab_size))
-    np.add.at(
-        probabilities, (np.arange(len(queries))[:, None], values[order]), weights / weights.sum(axis=1, keepdims=True)
-    )
-    return probabilities, near[:, k] - near[:, k - 1] < 1e-4 * near[:, k] if k < len(keys) else np.zeros(
-        len(queries), bool
-    )
+def knn_lm(lm_log_probs, queries, keys, values, mixture):
+    """Return log p, (n, vocabulary), and where the k-th and the next neighbor cannot be told apart."""
+    distances = np.square(queries[:, None] - keys).sum(axis=2)
+    order, nearest = distances.argsort(axis=1)[:, : mixture.k], np.sort(distances, axis=1)
+    shares = np.exp((nearest[:, :1] - nearest[:, : mixture.k]) / mixture.temperature)
+    p_knn, weight = np.zeros_like(lm_log_probs), mixture.interpolation_weight
+    np.add.at(p_knn, (np.arange(len(p_knn))[:, None], values[order]), shares / shares.sum(axis=1, keepdims=True))
+    beyond = np.pad(nearest, ((0, 0), (0, 1)), constant_values=np.inf)[:, mixture.k]
+    return np.log(weight * p_knn + (1 - weight) * np.exp(lm_log_probs)), beyond < 1.0001 * nearest[:, mixture.k - 1]

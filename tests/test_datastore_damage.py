@@ -1,8 +1,6 @@
 """Datastores that were interrupted, ran out of space, were damaged or were made to deceive: never half of one."""
 
 import errno
-import hashlib
-import json
 import os
 import resource
 import shutil
@@ -18,7 +16,7 @@ import memlm.files
 from fake_encoder import FakeEncoder, random_documents
 from memlm import Datastore
 from memlm.datastore import _tensors
-from memlm.errors import DatastoreCorrupt, DatastoreError, FormatVersionError
+from memlm.errors import DatastoreCorrupt, DatastoreError
 
 
 def build(path, encoder=None, **settings):
@@ -144,7 +142,7 @@ def refused(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("place", ["reserve", "index manifest"])
+@pytest.mark.parametrize("place", ["reserve", "manifest"])
 def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch, place):
     if place == "reserve":
         monkeypatch.setattr(os, "posix_fallocate", refused)

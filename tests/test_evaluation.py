@@ -1,60 +1,34 @@
-"""Evaluation and tuning: numbers that add up, planted optima that are found, and documents that do not see themselves."""
+"""Evaluation: numbers that add up, text that is cut, and whatever cannot be evaluated."""
 
-import dataclasses
 import json
 import math
-import warnings
 
-import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_models import tiny_model, tiny_tokenizer
 
-from memlm import Datastore, Document, KnnMixture, evaluate, tune
+from memlm import KnnMixture, evaluate, tune
 from memlm.errors import ConfigError, CorpusError, DatastoreMismatch
 from memlm.evaluation import tune_report
-from memlm.evaluation._bootstrap import paired_bootstrap
-from memlm.evaluation._retrieval import Retrieved, Text
-from memlm.evaluation._tune import best_weight, tune_cached
+from memlm.evaluation._retrieval import Text
 from memlm.models import LanguageModel
+from tiny_memories import TEXTS, bare_tokenizer, documents, lm_of, store
+from tiny_models import tiny_model, tiny_tokenizer
 
-TEXTS = [
-    "the cat was in the house and the rain was on the roof",
-    "in the morning the rain was over and a bird was singing",
-    "a letter was in the box; it said that the house is sold",
-]
 NEW = ["the letter was in the hôtel — and it was the morning", "x", "rain was on the bird and the cat is in a box"]
 MIXTURE = KnnMixture(interpolation_weight=0.5, temperature=10.0, k=8)
 
 
-def documents(texts):
-    return [Document(id=f"document {number}", text=text) for number, text in enumerate(texts)]
-
-
-def make_lm(marks=True, **settings):
-    tokenizer = tiny_tokenizer()
-    if not marks:
-        tokenizer.bos_token = tokenizer.eos_token = None
-    return LanguageModel(tiny_model("llama"), tokenizer, "llama", **settings)
+def bare_lm():
+    return LanguageModel(tiny_model("llama"), bare_tokenizer(), "llama")
 
 
 @pytest.fixture(scope="module")
 def lm():
-    return make_lm()
+    return lm_of("llama")
 
 
 @pytest.fixture(scope="module")
 def memory(lm, tmp_path_factory):
     return store(lm, TEXTS, tmp_path_factory.mktemp("evaluation") / "memory")
-
-
-def store(lm, texts, path):
-    return Datastore.build(lm, documents(texts), path, index="exact", show_progress=False)
-
-
-# Evaluation
 
 
 def test_numbers_add_up(lm, memory):
@@ -114,8 +88,9 @@ def test_cut_after_a_number_of_tokens(lm, memory):
 
 def test_documents_of_one_token(lm, memory, tmp_path):
     result = evaluate(lm, documents(["x", "y"]), memory, MIXTURE, show_progress=False)
-    assert result.targets.tolist() == [ids[0] for ids in map(lm.tokenizer.encode, "xy") for ids in (ids, [lm.tokenizer.eos_token_id])]  # fmt: skip
-    bare = make_lm(marks=False)  # without a start token a document's first token is no target
+    end = lm.tokenizer.encode("<|endoftext|>")
+    assert result.targets.tolist() == [*lm.tokenizer.encode("x"), *end, *lm.tokenizer.encode("y"), *end]
+    bare = bare_lm()  # without a start token a document's first token is no target
     bare_memory = store(bare, TEXTS, tmp_path / "memory")
     result = evaluate(bare, documents(["x", "yz"]), bare_memory, MIXTURE, show_progress=False)
     assert result.targets.tolist() == bare.tokenizer.encode("z")
@@ -138,7 +113,9 @@ def test_other_model_tokenizer_or_site_is_refused(what, memory):
     tokenizer = tiny_tokenizer("reversed" if what == "tokenizer" else "bytes")
     site = "final_norm_output" if what == "key site" else None
     other = LanguageModel(model, tokenizer, "the other", key_site=site)
-    said = {"model": "llama .*the other", "tokenizer": "of llama.*of the other", "key site": "mlp .*model .output"}[what]
+    said = {"model": "llama .*the other", "tokenizer": "of llama.*of the other", "key site": "mlp .*model .output"}[
+        what
+    ]
     for use in (lambda: evaluate(other, documents(NEW), memory, MIXTURE), lambda: tune(other, memory, documents(NEW))):
         with pytest.raises(DatastoreMismatch, match=said):
             use()
@@ -147,154 +124,3 @@ def test_other_model_tokenizer_or_site_is_refused(what, memory):
 def test_key_site_is_the_same_under_another_name(memory):
     named = LanguageModel(tiny_model("llama"), tiny_tokenizer(), "llama", key_site="model.layers.1.mlp")
     evaluate(named, documents(NEW), memory, MIXTURE, show_progress=False)
-
-
-# Tuning
-
-
-def planted(lm_log_probs, targets, distances, tokens, present=None):
-    shape = np.shape(distances)
-    return Retrieved(
-        rows=torch.arange(shape[0]),
-        targets=torch.as_tensor(targets),
-        lm_log_probs=torch.as_tensor(lm_log_probs, dtype=torch.float32).expand(shape[0]),
-        distances=torch.as_tensor(distances, dtype=torch.float32),
-        tokens=torch.as_tensor(tokens),
-        present=torch.ones(shape, dtype=torch.bool) if present is None else torch.as_tensor(present),
-        model_seconds=0.0,
-        search_seconds=0.0,
-    )
-
-
-def tuned(cached):
-    return tune_cached(cached, np.arange(len(cached.targets)) // 10)
-
-
-def test_planted_weight_is_found():
-    """The memory is right in 60 % of the tokens and wrong else, p_LM = .1: the optimum is λ = .6 − .4 / 9."""
-    tokens = np.where(np.arange(1000) % 5 < 3, 7, 8)[:, None].repeat(4, axis=1)
-    report = tuned(planted(math.log(0.1), np.full(1000, 7), np.ones((1000, 4)), tokens))
-    assert report.helps
-    assert report.mixture == report.best
-    assert report.mixture.interpolation_weight == pytest.approx(0.6 - 0.4 / 9, abs=1e-4)
-    assert report.mixture.k == 1, "more neighbors that say the same are no gain"
-    weight = report.mixture.interpolation_weight
-    expected = 0.6 * math.log(weight + (1 - weight) * 0.1) + 0.4 * math.log((1 - weight) * 0.1)
-    assert report.lm_perplexity == pytest.approx(10, rel=1e-5)
-    assert math.log(report.perplexity) == pytest.approx(-expected, abs=1e-5)
-    assert report.gain.mean == pytest.approx(expected - math.log(0.1), abs=1e-5)
-
-
-def test_planted_temperature_is_found():
-    generator = np.random.default_rng(0)
-    distances = np.sort(generator.uniform(0, 30, (4000, 16)), axis=1)
-    odds = np.exp(-distances / 3.0)
-    chosen = (generator.random((4000, 1)) * odds.sum(axis=1, keepdims=True) < odds.cumsum(axis=1)).argmax(axis=1)
-    report = tuned(planted(-9.0, chosen, distances, np.arange(16)[None].repeat(4000, axis=0)))
-    assert 3.0 / 1.3 < report.mixture.temperature < 3.0 * 1.3
-    assert report.mixture.k == 16
-    assert report.mixture.interpolation_weight > 0.99
-    worse = [row for row in report.grid if row["k"] == 16 and not 1.5 < row["temperature"] < 6]
-    assert all(row["perplexity"] > report.perplexity * 1.02 for row in worse)
-
-
-def test_planted_k_is_found():
-    """One of the four nearest is right; the others say something else, from nearly as near."""
-    generator = np.random.default_rng(0)
-    tokens = np.full((500, 64), 99)
-    tokens[:, :4] = np.arange(4)
-    distances = np.full((500, 64), 1.0)
-    report = tuned(planted(-9.0, generator.integers(4, size=500), distances, tokens))
-    assert report.mixture.k == 4
-
-
-def test_absent_neighbors_do_not_count():
-    cached = planted(math.log(0.1), np.full(400, 7), np.ones((400, 4)), np.full((400, 4), 8))
-    present = torch.zeros((400, 4), dtype=torch.bool)
-    present[:300, 0] = True
-    cached.tokens[:300, 0] = torch.where(torch.arange(300) % 3 > 0, 7, 8)
-    report = tuned(dataclasses.replace(cached, present=present, distances=cached.distances.masked_fill(~present, torch.inf)))
-    expected = 2 / 3 - 1 / 27  # rows without neighbors have no say, the others see one neighbor each
-    assert report.mixture.interpolation_weight == pytest.approx(expected, abs=1e-4)
-    assert report.gain.mean == pytest.approx(0.75 * (2 / 3 * math.log(expected * 9 + 1) + 1 / 3 * math.log(1 - expected)), abs=1e-4)  # fmt: skip
-
-
-@pytest.mark.parametrize("present", [True, False])
-def test_useless_memory_gets_no_weight(present):
-    report = tuned(planted(-3.0, np.full(400, 7), np.ones((400, 4)), np.full((400, 4), 8), np.full((400, 4), present)))
-    assert not report.helps
-    assert report.mixture.interpolation_weight == 0.0
-    assert report.perplexity == pytest.approx(math.exp(3))
-    assert "memory does not help" in report.verdict()
-    json.dumps(report.to_dict(), allow_nan=False)
-
-
-def test_gain_by_chance_is_not_taken():
-    """The memory is right in some documents by luck and wrong in others: the best λ is above 0, the gain unsure."""
-    generator = np.random.default_rng(3)
-    right = generator.random(40).repeat(10) < 0.14
-    report = tuned(planted(math.log(0.1), np.full(400, 7), np.ones((400, 1)), np.where(right, 7, 8)[:, None]))
-    assert report.best.interpolation_weight > 0
-    assert report.gain.mean > 0 > report.gain.low
-    assert not report.helps
-    assert report.mixture.interpolation_weight == 0.0
-
-
-def test_tune_with_a_model(lm, tmp_path):
-    memory = store(lm, [text + " again" for text in TEXTS], tmp_path / "right")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        mixture = tune(lm, memory, documents(TEXTS), show_progress=False)
-    assert mixture.interpolation_weight > 0.5
-    alone, mixed = evaluate(lm, documents(TEXTS), memory, mixture, show_progress=False).results
-    assert mixed.perplexity < 0.2 * alone.perplexity
-    own = store(lm, TEXTS, tmp_path / "own")
-    fair = tune_report(lm, own, documents(TEXTS), show_progress=False)
-    assert fair.perplexity > 3 * mixed.perplexity, "documents do not see their own entries while tuning"
-    bare = make_lm(marks=False)  # with an end of text, all texts would have a token in common
-    useless = store(bare, ["0123456789", "9876543210"], tmp_path / "useless")
-    with pytest.warns(UserWarning, match="memory does not help here.*λ is set to 0"):
-        mixture = tune(bare, useless, documents(["the cat", "was in", "a house"]), show_progress=False)
-    assert mixture.interpolation_weight == 0.0
-    alone, mixed = evaluate(bare, documents(TEXTS), useless, mixture, show_progress=False).results
-    assert alone.nats == mixed.nats
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(0, 50), min_size=1, max_size=12))
-def test_best_weight_is_that_of_a_fine_grid(ratios):
-    ratio = torch.tensor(ratios, dtype=torch.float64)
-    grid = torch.linspace(0, 1, 2001, dtype=torch.float64)
-    sums = torch.log1p(grid[:, None] * (ratio - 1)).sum(dim=1)
-    found = best_weight(ratio)
-    assert 0.0 <= found <= 1.0
-    assert float(torch.log1p(found * (ratio - 1)).sum()) >= float(sums.max()) - 1e-6
-
-
-# Intervals
-
-
-def test_interval_covers_the_truth_by_document():
-    """Tokens of a document resemble each other: an interval over tokens would be far too narrow."""
-    generator = np.random.default_rng(0)
-    covered, naive, by_document = 0, 0, np.arange(30).repeat(40)
-    for seed in range(100):
-        differences = 0.1 + generator.normal(size=30).repeat(40) + 0.3 * generator.normal(size=1200)
-        interval = paired_bootstrap(differences, by_document, samples=300, seed=seed)
-        assert interval.low < interval.mean < interval.high
-        assert interval.mean == pytest.approx(differences.mean())
-        covered += interval.low <= 0.1 <= interval.high
-        naive += abs(differences.mean() - 0.1) < 1.96 * differences.std() / math.sqrt(1200)
-    assert 86 <= covered <= 99
-    assert naive < 50
-
-
-def test_interval_unit_goes_by_the_number_of_documents():
-    generator = np.random.default_rng(0)
-    differences = generator.normal(size=6000)
-    many = paired_bootstrap(differences, np.arange(20).repeat(300))
-    few = paired_bootstrap(differences, np.minimum(np.arange(6000) // 300, 18))
-    one = paired_bootstrap(differences[:100], np.arange(100) // 10)
-    assert (many.unit, few.unit) == ("documents", "blocks of 2,048 tokens")
-    assert many == paired_bootstrap(differences, np.arange(20).repeat(300)), "the same seed, the same interval"
-    assert (one.low, one.high) == (-math.inf, math.inf), "a single block says nothing of its spread"

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import knn, stored_entries, teacher_forced
-from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
-from memlm import Datastore, Document, KnnMixture, evaluate, explain, overlap
+from memlm import Document, KnnMixture, evaluate, explain, overlap
 from memlm.errors import ConfigError, CorpusError, DatastoreMismatch
 from memlm.models import LanguageModel
+from oracle import knn_lm, stored_entries, teacher_forced
+from tiny_memories import bare_tokenizer, documents, store
+from tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = {
     "weather": "in the morning the rain was over and a bird was singing",
@@ -21,23 +22,13 @@ TEXTS = {
 MIXTURE = KnnMixture(interpolation_weight=0.5, temperature=10.0, k=12)
 
 
-def documents(texts):
-    return [Document(id=name, text=text) for name, text in texts.items()]
-
-
 def make_lm(start="<|endoftext|>", end="<|endoftext|>"):
-    tokenizer = tiny_tokenizer()
-    tokenizer.bos_token, tokenizer.eos_token = start, end
-    return LanguageModel(tiny_model("llama"), tokenizer, "llama", context=20, stride=9)
+    return LanguageModel(tiny_model("llama"), bare_tokenizer(start, end), "llama", context=20, stride=9)
 
 
 @pytest.fixture(scope="module")
 def lm():
     return make_lm()
-
-
-def store(lm, texts, path):
-    return Datastore.build(lm, documents(texts), path, index="exact", show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -83,28 +74,27 @@ def test_sources_are_the_nearest_entries_and_name_their_place(lm, memory):
     explanation = explain(lm, text, memory, MIXTURE, sources=3)
     keys, values = stored_entries(memory.path)
     ids = lm.tokenize(Document(id="new", text=text)).ids
-    _, states = teacher_forced(lm.model, lm.site, ids)
+    lm_log_probs, states = teacher_forced(lm.model, lm.site, ids)
     distances = np.square(states[:, None] - keys[None]).sum(axis=2)
-    p_knn, _ = knn(states, keys, values, 12, 10.0, VOCAB_SIZE)
+    expected = np.exp(knn_lm(lm_log_probs, states, keys, values, MIXTURE)[0])
     places = []  # of every entry: its document, and the text before it
     for document in documents(TEXTS):
         stored = lm.tokenize(document).ids[1:]
         places += [(document.id, lm.tokenizer.decode(stored[:number])) for number in range(len(stored))]
     for place, token in enumerate(explanation.tokens[:9]):
-        assert token.memory == pytest.approx(p_knn[place, ids[place + 1]], abs=1e-4)
-        near = distances[place].argsort()
-        shares = np.exp(-distances[place][near[:12]] / 10.0)
-        shares /= shares.sum()
+        assert token.mixture == pytest.approx(expected[place, ids[place + 1]], abs=1e-4)
+        shares = np.exp(-np.sort(distances[place])[:12] / 10.0)
         heaviest = token.sources[0]
-        assert heaviest.share == pytest.approx(shares[0], abs=1e-3)
+        assert heaviest.share == pytest.approx(shares[0] / shares.sum(), abs=1e-3)
         assert heaviest.distance == pytest.approx(distances[place].min(), abs=1e-3)
         assert [source.share for source in token.sources] == sorted((s.share for s in token.sources), reverse=True)
-        tied = [places[entry] for entry in near if distances[place][entry] < distances[place].min() + 1e-3]
+        tied = [places[entry] for entry in np.flatnonzero(distances[place] < distances[place].min() + 1e-3)]
         assert (heaviest.document, heaviest.before) in tied
         for source in token.sources:
             assert source.before + source.token + source.after in TEXTS[source.document]
     shared = "in the morning the rain was"  # so far "weather" is stored word for word, and is the nearest
-    written, sharp = "", explain(lm, text, memory, KnnMixture(interpolation_weight=0.5, temperature=0.05, k=4), sources=1)
+    sharp = explain(lm, text, memory, KnnMixture(interpolation_weight=0.5, temperature=0.05, k=4), sources=1)
+    written = ""
     for token in sharp.tokens:
         if written and len(written + token.text) <= len(shared):
             source = token.sources[0]
@@ -134,12 +124,17 @@ def test_where_the_model_began_to_write(lm, memory):
 def test_another_model_cannot_explain(memory):
     other = LanguageModel(tiny_model("llama", seed=1), tiny_tokenizer(), "the other")
     for use in (lambda: explain(other, "the", memory, MIXTURE), lambda: overlap(other, documents(TEXTS), memory)):
-        with pytest.raises(DatastoreMismatch, match="llama .*the other"):
+        with pytest.raises(DatastoreMismatch, match=r"llama .*the other"):
             use()
 
 
 def test_overlap_of_known_texts(lm, memory):
-    new = {"same": TEXTS["cat"], "half": TEXTS["cat"] + " 0123456789" * 5, "other": "0123456789 9876543210", "short": "a"}
+    new = {
+        "same": TEXTS["cat"],
+        "half": TEXTS["cat"] + " 0123456789" * 5,
+        "other": "0123456789 9876543210",
+        "short": "a",
+    }
     result = overlap(lm, documents(new), memory, n=4)
     assert result.n == 4
     assert result.stored == ["same"]
@@ -167,7 +162,7 @@ def test_overlap_is_that_of_sets_of_n_grams(bare, texts, n):
 
     known = {gram for text in stored.values() for gram in n_grams(text)}
     grams = [gram for text in texts for gram in n_grams(text)]
-    result = overlap(lm, documents(dict(enumerate(texts))), memory, n=n)
+    result = overlap(lm, documents(texts), memory, n=n)
     assert result.ngrams == len(grams)
     assert result.share == pytest.approx(sum(gram in known for gram in grams) / max(1, len(grams)))
 

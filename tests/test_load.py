@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCAB_SIZE, tiny_folder, tiny_model, tiny_tokenizer
 from transformers import BertConfig, BertModel
 from transformers.utils import logging
 
@@ -13,6 +12,7 @@ import memlm
 from memlm.errors import ConfigError, ModelError
 from memlm.models import LanguageModel
 from memlm.models._identity import encoder_fingerprint, tokenizer_fingerprint
+from tiny_models import FAMILIES, VOCAB_SIZE, tiny_folder, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,7 +49,9 @@ def test_settings_reach_the_language_model(folder):
     assert repr(lm) == "LanguageModel('my-llama', keys from model output)"
 
 
-@pytest.mark.parametrize(("dtype", "loaded"), [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("auto", torch.float32)])
+@pytest.mark.parametrize(
+    ("dtype", "loaded"), [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("auto", torch.float32)]
+)
 def test_types(dtype, loaded, folder):
     lm = memlm.load(folder, dtype=dtype, device="cpu")
     assert {parameter.dtype for parameter in lm.model.parameters()} == {loaded}
@@ -94,7 +96,9 @@ def broken(folder, kind):
         return r"config\.json"
     if kind == "unknown architecture":
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"model_type": "martian", "architectures": ["Martian"]}))
+        (folder / "config.json").write_text(
+            json.dumps(config | {"model_type": "martian", "architectures": ["Martian"]})
+        )
         return "martian"
     for path in folder.glob("tokenizer*"):
         path.unlink()

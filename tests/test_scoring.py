@@ -1,35 +1,15 @@
 """Scores: the model's own, the mixture's against an oracle, and retrieval of what was stored."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
-from oracle import knn, stored_entries, teacher_forced
-from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
-from memlm import Datastore, Document, KnnMixture, evaluate
-from memlm.models import LanguageModel
+from memlm import KnnMixture, evaluate
+from oracle import knn_lm, stored_entries, teacher_forced
+from tiny_memories import FIVE, TEXTS, documents, lm_of, store
+from tiny_models import FAMILIES
 
-TEXTS = [
-    "the cat was in the house and the rain was on the roof",
-    "in the morning the rain was over and a bird was singing",
-    "a letter was in the box; it said that the house is sold",
-]
 NEW = ["the letter was in the house and it was the morning", "rain was on the bird and the cat is in a box"]
-
-
-@cache
-def lm_of(family, **settings):
-    return LanguageModel(tiny_model(family), tiny_tokenizer(), family, **settings)
-
-
-def documents(texts):
-    return [Document(id=f"document {number}", text=text) for number, text in enumerate(texts)]
-
-
-def build(lm, texts, path, **settings):
-    return Datastore.build(lm, documents(texts), path, index="exact", show_progress=False, **settings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,61 +44,57 @@ def test_capped_and_scaled_logits_are_kept(family):
 
 
 @pytest.mark.parametrize("key_dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "gemma2"])
+@pytest.mark.parametrize("family", FIVE)
 def test_evaluation_agrees_with_the_oracle(family, key_dtype, tmp_path):
     lm = lm_of(family)
-    memory = build(lm, TEXTS, tmp_path / "memory", key_dtype=key_dtype)
+    memory = store(lm, TEXTS, tmp_path / "memory", key_dtype=key_dtype)
     keys, values = stored_entries(memory.path)
     assert len(keys) == len(memory) == sum(len(lm.tokenize(document).ids) - 1 for document in documents(TEXTS))
     forwards = [(ids, *teacher_forced(lm.model, lm.site, ids)) for ids in (lm.tokenize(d).ids for d in documents(NEW))]
     targets = np.concatenate([ids[1:] for ids, _, _ in forwards])
     rows = np.arange(len(targets))
-    lm_log_probs = np.concatenate([log_probs[:-1] for _, log_probs, _ in forwards])[rows, targets]
+    alone = np.concatenate([log_probs[:-1] for _, log_probs, _ in forwards])
     queries = np.concatenate([states[:-1] for _, _, states in forwards])
     typical = float(np.median(np.square(queries[:, None] - keys[None]).sum(axis=2)))
     for k, temperature, weight in [(8, 0.1 * typical, 0.3), (20, typical, 0.9), (len(keys), 0.02 * typical, 0.5)]:
-        p_knn, ambiguous = knn(queries, keys, values, k, temperature, VOCAB_SIZE)
-        expected = np.log(weight * p_knn[rows, targets] + (1 - weight) * np.exp(lm_log_probs))
         mixture = KnnMixture(interpolation_weight=weight, temperature=temperature, k=k)
+        expected, ambiguous = knn_lm(alone, queries, keys, values, mixture)
         result = evaluate(lm, documents(NEW), memory, mixture, show_progress=False)
         assert result.targets.tolist() == targets.tolist()
-        assert np.abs(result.lm_log_probs - lm_log_probs).max() < 2e-5
+        assert np.abs(result.lm_log_probs - alone[rows, targets]).max() < 2e-5
         assert ambiguous.mean() < 0.1
-        assert np.abs(result.log_probs - expected)[~ambiguous].max() < 1e-4
-        assert np.abs(result.log_probs - lm_log_probs).max() > 0.1, "the memory says something"
+        assert np.abs(result.log_probs - expected[rows, targets])[~ambiguous].max() < 1e-4
+        assert np.abs(result.log_probs - result.lm_log_probs).max() > 0.1, "the memory says something"
 
 
 def test_windows_of_evaluation_agree_with_the_oracle(tmp_path):
     """Long documents are cut in windows; stored keys and queries come from the same cuts."""
     lm = lm_of("llama", context=6, stride=5)
-    memory = build(lm, TEXTS, tmp_path / "memory")
+    memory = store(lm, TEXTS, tmp_path / "memory")
     keys, values = stored_entries(memory.path)
-    queries, lm_log_probs, targets = [], [], []
+    queries, alone, targets = [], [], []
     for document in documents(NEW):
         ids = lm.tokenize(document).ids
         for target in range(1, len(ids)):
             first = 1 + 5 * ((target - 1) // 5)
             log_probs, states = teacher_forced(lm.model, lm.site, ids[max(0, first - 6) : target])
-            queries.append(states[-1]), lm_log_probs.append(log_probs[-1, ids[target]]), targets.append(ids[target])
-    p_knn, ambiguous = knn(np.array(queries), keys, values, 8, 10.0, VOCAB_SIZE)
-    expected = np.log(0.4 * p_knn[np.arange(len(targets)), targets] + 0.6 * np.exp(lm_log_probs))
+            queries.append(states[-1]), alone.append(log_probs[-1]), targets.append(ids[target])
     mixture = KnnMixture(interpolation_weight=0.4, temperature=10.0, k=8)
+    expected, ambiguous = knn_lm(np.array(alone), np.array(queries), keys, values, mixture)
     result = evaluate(lm, documents(NEW), memory, mixture, show_progress=False)
-    assert np.abs(result.log_probs - expected)[~ambiguous].max() < 1e-4
+    assert np.abs(result.log_probs - expected[np.arange(len(targets)), targets])[~ambiguous].max() < 1e-4
 
 
 @pytest.mark.parametrize("settings", [{}, {"context": 6, "stride": 5}])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "gemma2", "olmo2"])
+@pytest.mark.parametrize("family", [*FIVE, "olmo2"])
 def test_what_was_stored_is_found_again(family, settings, tmp_path):
     lm = lm_of(family, **settings)
-    memory = build(lm, TEXTS, tmp_path / "memory")
+    memory = store(lm, TEXTS, tmp_path / "memory")
     keys, values = stored_entries(memory.path)
     distances = np.square(keys[:, None] - keys[None]).sum(axis=2)
     np.fill_diagonal(distances, np.inf)
     nearest = distances.min(axis=1)
-    tied = (
-        nearest < 1e-6 * np.square(keys).sum(axis=1).mean()
-    )  # the same tokens before them: no memory tells them apart
+    tied = nearest < 1e-6 * np.square(keys).sum(axis=1).mean()  # the same tokens before: nothing tells them apart
     mixture = KnnMixture(interpolation_weight=1.0, temperature=0.01 * float(np.median(nearest[~tied])), k=8)
 
     def mean_p_knn(texts, **arguments):
@@ -135,7 +111,7 @@ def test_left_out_by_document_not_by_rank(tmp_path):
     """Nearest neighbors at distance 0 stay when they belong to another document, here a longer version of the same."""
     lm = lm_of("llama")
     copy = TEXTS[0] + " again"
-    memory = build(lm, [*TEXTS, copy], tmp_path / "memory")
+    memory = store(lm, [*TEXTS, copy], tmp_path / "memory")
     mixture = KnnMixture(interpolation_weight=1.0, temperature=0.05, k=2)
     own = len(lm.tokenize(documents(TEXTS)[0]).ids) - 1
     found = evaluate(lm, documents(TEXTS[:1]), memory, mixture, show_progress=False)

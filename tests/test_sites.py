@@ -4,13 +4,13 @@ from functools import cache
 
 import pytest
 import torch
-from tiny_models import FAMILIES, PARALLEL_FAMILIES, VOCAB_SIZE, tiny_model, tiny_tokenizer
 from torch import nn
 
 from memlm.errors import ModelError, UnsupportedArchitecture
 from memlm.models import KeySite, LanguageModel, find_key_site
 from memlm.models._capture import capture, check_key_site, forward_to_site, keys_of
 from memlm.models._sites import find_decoder
+from tiny_models import FAMILIES, PARALLEL_FAMILIES, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 SEQUENTIAL = sorted(set(FAMILIES) - PARALLEL_FAMILIES)
 IDS = torch.randint(VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -173,7 +173,8 @@ def test_user_names_a_site():
     assert (after.path, after.tensor) == ("model.layers.1", "output")
     with torch.no_grad():
         states = model(IDS, output_hidden_states=True).hidden_states
-        normalized = model.model.layers[1].input_layernorm(forward_to_site(model, find_key_site(model, "model.layers.0:output"), IDS))  # fmt: skip
+        between = forward_to_site(model, find_key_site(model, "model.layers.0:output"), IDS)
+        normalized = model.model.layers[1].input_layernorm(between)
     assert torch.allclose(model.model.norm(forward_to_site(model, after, IDS)), states[-1], atol=1e-5)
     attention_input = find_key_site(model, "model.layers.1.self_attn:input")
     assert torch.allclose(forward_to_site(model, attention_input, IDS), normalized, atol=1e-6)

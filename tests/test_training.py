@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from memlm.errors import ConfigError
 from memlm.training import _language_model as training
 from memlm.training import load_recipe, train_language_model
 
-WORDS = "the cat house rain was on roof and bird in a morning letter box".split()
+WORDS = ["the", "cat", "house", "rain", "was", "on", "roof", "and", "bird", "in", "a", "morning", "letter", "box"]
 
 RECIPE = """
 train = ["train"]
@@ -88,7 +89,7 @@ def test_a_run(finished, recipe):
     assert (summary["steps"], summary["tokens"]) == (12, 768)
     valid = summary["valid"]["valid"]
     assert valid["nats_per_token"] == rows[-1]["valid"]["valid"]
-    text = (recipe.valid[0], open(recipe.valid[0]).read())[1]
+    text = Path(recipe.valid[0]).read_text()
     tokens = len(memlm.load(output / "model", device="cpu").tokenizer(text)["input_ids"]) + 1
     assert valid["bits_per_byte"] == pytest.approx(valid["nats_per_token"] * tokens / len(text) / math.log(2))
 
@@ -127,6 +128,8 @@ def test_an_interrupted_run_ends_like_the_whole_one(stop_at, finished, recipe, t
     with pytest.raises(KeyboardInterrupt):
         train_language_model(recipe, output, show_progress=False)
     assert len(losses(output)) == stop_at
+    with (output / "losses.jsonl").open("a") as log:
+        log.write('{"step": 99, "lo')  # as a kill in the middle of writing leaves it
     assert not (output / "model").exists()
     monkeypatch.undo()
     summary = train_language_model(recipe, output, show_progress=False)
@@ -152,8 +155,8 @@ def test_a_finished_run_can_be_published_again_and_made_longer(finished, recipe,
     assert train_language_model(longer, output, show_progress=False)["steps"] == 14
     assert [row["step"] for row in losses(output)] == list(range(1, 15))
     shorter = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, steps=5))
-    with pytest.raises(ConfigError, match="14 steps"):
-        train_language_model(shorter, output, show_progress=False)
+    assert train_language_model(shorter, output, show_progress=False)["steps"] == 14, "trained is trained"
+    assert "14 steps of" in (output / "model" / "README.md").read_text()
 
 
 def test_another_model_or_other_data_needs_a_new_folder(finished, recipe):
@@ -167,8 +170,10 @@ def test_another_model_or_other_data_needs_a_new_folder(finished, recipe):
 
 def test_too_little_text(recipe, tmp_path):
     (tmp_path / "short.txt").write_text("the cat")
-    with pytest.raises(ConfigError, match="expected more than a block"):
-        train_language_model(dataclasses.replace(recipe, train=[str(tmp_path / "short.txt")]), tmp_path / "run", show_progress=False)  # fmt: skip
+    for split, name in (("train", "train"), ("valid", "short")):
+        short = dataclasses.replace(recipe, **{split: [str(tmp_path / "short.txt")]})
+        with pytest.raises(ConfigError, match=f"the text of {name} has . tokens; expected more than a block"):
+            train_language_model(short, tmp_path / split, show_progress=False)
 
 
 def test_little_validation_text_is_used_whole(recipe, tmp_path):
@@ -198,12 +203,14 @@ def test_every_block_once_an_epoch():
         (('valid = ["valid.txt"]', ""), "valid"),
         (("micro_batch = 2", "micro_batch = 3"), "micro_batch that divides batch"),
         (("micro_batch = 2", "micro_batch = 0"), "micro_batch that divides batch"),
-        (("steps = 12", "steps = 0"), "steps of at least 1"),
-        (("steps = 12", 'steps = "12"'), "steps"),
+        (("steps = 12", "steps = 0"), "steps = 0.*at least 1"),
+        (("steps = 12", 'steps = "12"'), "steps = '12'; expected int"),
+        (("hidden_size = 32", "hidden_size = 3.2"), "hidden_size = 3.2; expected int"),
+        (("batch = 4", "batch = true"), "batch = True; expected int"),
         (("block = 16", "block = 65"), "longer than max_position_embeddings"),
         (("[model]", "[model"), "not valid TOML"),
-        (('train = ["train"]', 'train = "train"'), "train"),
-        (("[model]", "model = 3\n[other]"), "model"),
+        (('train = ["train"]', 'train = "train"'), r"train = 'train'; expected list\[str\]"),
+        (("[model]", "model = 3\n[other]"), "model is 3; expected a table"),
     ],
 )
 def test_bad_recipe(change, said, tmp_path):

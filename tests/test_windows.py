@@ -1,4 +1,4 @@
-"""Windows: every target once, aligned, with bounded inputs; documents apart; one policy for their first and last token."""
+"""Windows: every target once, aligned, bounded inputs, documents apart, one policy for first and last tokens."""
 
 from functools import cache
 
@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import END_OF_TEXT_ID, FAMILIES, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 from memlm import Document
 from memlm.errors import ConfigError, ModelError
 from memlm.models import LanguageModel
 from memlm.models._windows import WindowScheme, batch_windows, tokenize
+from tiny_models import END_OF_TEXT_ID, FAMILIES, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 lengths = st.lists(st.integers(0, 40), max_size=8)
 sizes = st.integers(1, 12)
@@ -170,12 +170,12 @@ def test_slow_tokenizer_is_refused():
 
 def test_windows_longer_than_the_positions_are_refused():
     model = model_of("gpt2")
-    assert LanguageModel(model, tiny_tokenizer(), "tiny").windows == WindowScheme(64, 64)
+    assert LanguageModel(model, tiny_tokenizer(), "tiny").windows == WindowScheme(32, 96)
     assert LanguageModel(model, tiny_tokenizer(), "tiny", context=100, stride=29).windows == WindowScheme(100, 29)
-    with pytest.raises(ModelError, match="context 100 . stride 30 is longer than the 128 positions of tiny"):
+    with pytest.raises(ModelError, match=r"context 100 . stride 30 is longer than the 128 positions of tiny"):
         LanguageModel(model, tiny_tokenizer(), "tiny", context=100, stride=30)
 
 
 def test_models_without_a_limit_get_a_sane_one():
-    assert LanguageModel(model_of("bloom"), tiny_tokenizer(), "bloom").windows == WindowScheme(512, 512)
-    assert LanguageModel(model_of("mpt"), tiny_tokenizer(), "mpt").windows == WindowScheme(64, 64)
+    assert LanguageModel(model_of("bloom"), tiny_tokenizer(), "bloom").windows == WindowScheme(256, 768)
+    assert LanguageModel(model_of("mpt"), tiny_tokenizer(), "mpt").windows == WindowScheme(32, 96)

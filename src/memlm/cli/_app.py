@@ -33,11 +33,9 @@ app.command("doctor")(_doctor.doctor)
 
 @app.callback()
 def _options(
-    context: typer.Context,
     debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error."),
     version: bool = typer.Option(False, "--version", help="Show the version and leave."),
 ) -> None:
-    context.obj = {"debug": debug}
     if version:
         from .. import __version__
 
@@ -50,13 +48,24 @@ def main(arguments: list[str] | None = None) -> None:
     from ..errors import MemlmError
 
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # "?" for λ, say, on a terminal that lacks it
     try:
-        app(arguments)
-    except MemlmError as error:
+        app(arguments, prog_name="memlm")
+    except (MemlmError, OSError) as error:
         if "--debug" in arguments:
             raise
-        typer.secho(f"memlm: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
+        typer.secho(f"memlm: {_reason(error)}", fg=typer.colors.RED, err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.secho("memlm: interrupted", fg=typer.colors.RED, err=True)
-        sys.exit(130)
+    except SystemExit as leaving:  # Typer turns KeyboardInterrupt into this
+        if leaving.code == 130:
+            typer.secho("memlm: interrupted", fg=typer.colors.RED, err=True)
+        raise
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's message in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())

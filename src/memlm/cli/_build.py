@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 
-from ..errors import DatastoreError
+from ..errors import DatastoreError, IndexError_
 from . import _common as common
 
 
@@ -32,21 +33,21 @@ def build(
 
     lm = common.load_model(model, dtype, device, key_site, context, stride)
     corpus = Corpus([str(path) for path in text])
-    memory = Datastore.build(lm, corpus, output, index=index, key_dtype=key_dtype)
+    try:
+        memory = Datastore.build(lm, corpus, output, index=index, key_dtype=key_dtype)
+    except IndexError_ as error:
+        if (output / "manifest-000001.json").exists():
+            raise IndexError_(f"{error}. {output} was made, with exact search; remove it to build again") from error
+        raise
     for name, reason in list(corpus.skipped.items())[:5]:
         common.note(f"left out {name}: {reason}")
     if len(corpus.skipped) > 5:
         common.note(f"left out {len(corpus.skipped) - 5} more documents without text or binary")
-    details = memory.index.details
-    how = (
-        f"{details['factory']}, recall@{details['recall_k']} {details['recall']:.3f}"
-        if "factory" in details
-        else "exact"
-    )
     info = memory.info()
+    documents, search = common.count(info["documents"], "document"), common.describe_search(info["index"])
     common.emit(
         info,
-        f"{output}: {info['entries']:,} entries of {info['documents']:,} documents, {info['bytes'] / 1e6:,.1f} MB, "
-        f"keys from {lm.site.name}, search: {how}",
+        f"{output}: {info['entries']:,} entries of {documents}, {decimal(info['bytes'])}, keys from {lm.site.name}, "
+        f"search: {search}",
         json,
     )

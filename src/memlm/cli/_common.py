@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from ..datastore import Datastore
@@ -56,41 +59,114 @@ def load_model(
 
 
 def load_for(memory: Datastore, name: str, dtype: str, device: str | None) -> LanguageModel:
-    """Load a model with the key site and windows of a datastore."""
+    """Load the model of a datastore, with its key site and windows; refuse another one."""
     encoder, windows = memory.manifest.encoder, memory.manifest.windows
-    site = encoder["key_site"]
-    site_name = site["name"]
-    return load_model(name, dtype, device, site_name, windows["context"], windows["stride"])
+    try:
+        lm = load_model(name, dtype, device, encoder["key_site"]["name"], windows["context"], windows["stride"])
+    except ModelError as error:
+        built_with = f"{encoder['name']} ({encoder['architecture']})"
+        raise ModelError(f"{error}. The datastore {memory.path} was built with {built_with}") from error
+    memory.manifest.check_bound(lm.identity)
+    return lm
+
+
+def open_all(
+    model: str,
+    datastore: Path,
+    mixture: Path | None,
+    weight: float | None,
+    temperature: float | None,
+    k: int | None,
+    dtype: str,
+    device: str | None,
+) -> tuple[LanguageModel, Datastore, KnnMixture]:
+    """Open a datastore, load its model and take the settings: what is quick to check comes first."""
+    settings = load_mixture(mixture, weight, temperature, k)
+    from ..datastore import Datastore
+
+    memory = Datastore(datastore)
+    if mixture is None and k is None:
+        settings = dataclasses.replace(settings, k=min(settings.k, len(memory)))
+    check_k(settings.k, memory)
+    return load_for(memory, model, dtype, device), memory, settings
+
+
+def check_k(k: int, memory: Datastore) -> None:
+    """Raise ConfigError where more neighbors are asked for than there are."""
+    if k > len(memory):
+        raise ConfigError(f"k is {k:,}, but {memory.path} has {len(memory):,} entries; expected at most so many")
 
 
 def load_mixture(path: Path | None, weight: float | None, temperature: float | None, k: int | None) -> KnnMixture:
     """Take saved settings and put those given on the command line in their place."""
-    import dataclasses
-
     from ..mixtures import KnnMixture
 
     given = {"interpolation_weight": weight, "temperature": temperature, "k": k}
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if path is not None:
         return dataclasses.replace(KnnMixture.load(path), **changes)
     if weight is None or temperature is None:
         raise ConfigError(
-            "λ and temperature are not known; pass --mixture FILE (made by `memlm tune … --save FILE`), or --lambda and "
-            "--temperature"
+            "λ and temperature are not known; pass --mixture FILE (`memlm tune … --save FILE` makes one), or --lambda "
+            "and --temperature"
         )
     return KnnMixture(**changes)
 
 
+def check_output(path: Path | None, *suffixes: str) -> None:
+    """Refuse a file that cannot be written before the work is done, not after."""
+    if path is None:
+        return
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ConfigError(f"{path} ends in {path.suffix!r}; expected {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+
+
+def check_text(name: str, text: str) -> None:
+    """Refuse text that no tokenizer takes."""
+    if not text.strip():
+        raise ConfigError(f"the {name} is empty; give some text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the {name} is not valid UTF-8; expected text") from error
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number of things."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def describe_search(details: dict[str, Any]) -> str:
+    """Return in a few words how a datastore is searched."""
+    if "factory" not in details:
+        return details["kind"]
+    return f"{details['factory']}, recall@{details['recall_k']} {details['recall']:.3f}"
+
+
 def emit(value: dict[str, Any], text: str, as_json: bool) -> None:
     """Print a result on stdout, for people or for programs."""
-    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False) if as_json else text)
+    if as_json:
+        typer.echo(json.dumps(value, allow_nan=False))
+    else:
+        say(text)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print lines; on a terminal, long ones are wrapped at a space."""
+    if (sys.stderr if err else sys.stdout).isatty():
+        width = shutil.get_terminal_size().columns
+        indented = [(line, line[: len(line) - len(line.lstrip())]) for line in text.split("\n")]
+        text = "\n".join(
+            textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+            for line, indent in indented
+        )
+    typer.echo(text, err=err)
 
 
 def note(text: str) -> None:
     """Say something on stderr."""
-    typer.echo(f"memlm: {text}", err=True)
-
-
-def show_progress() -> bool:
-    """Whether bars make sense: always on stderr, unless it was closed."""
-    return sys.stderr is not None
+    say(f"memlm: {text}", err=True)

@@ -2,58 +2,69 @@
 
 from __future__ import annotations
 
+import shutil
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from ..documents import Document
-from ..errors import CorpusError
+from ..errors import ConfigError, CorpusError
 from ..files import write_json
 from . import _common as common
 
-_LEFT_OUT = ("test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "pydoc_data")
+# Tests and other people's packages; "encodings" holds many tables that are nearly the same
+_LEFT_OUT = ("test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages", "pydoc_data")
 _SIZES = {"train": 850_000, "valid": 45_000, "test": 60_000}  # characters
 _FILE = 60_000  # characters taken of one file at most
+_SMALLEST = 1_000  # characters of a file that are worth taking
+_TUNED_TOKENS = 8_000
+_NEW_TOKENS = 48
+_MADE = {"memory", "mixture.json", "report.html", "result.json"}  # by an earlier demo: may be replaced
 
 
 def demo(
     model: Annotated[
         str, typer.Option(help="Another causal language model: a folder or a name on the hub.")
     ] = "reference",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; replaced.")] = Path("demo"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the results; replaces an earlier demo.")
+    ] = Path("demo"),
     json: common.Json = False,
 ) -> None:
     """Give a language model the standard library of Python as its memory, and measure what that is worth."""
-    import shutil
-
+    others = {item.name for item in output.iterdir()} - _MADE if output.exists() else set()
+    if others:
+        raise ConfigError(f"{output} holds {min(others)}, which no demo made; name a new folder by --output")
     from ..datastore import Datastore
     from ..evaluation import evaluate, explain, tune_report
     from ..evaluation.report import write_report
     from ._generate import write
 
     def say(text: str) -> None:
-        typer.echo(text, err=json)
+        common.say(text, err=json)
 
     lm = common.load_model(model, "float32", None, None, None, None)
-    splits = {name: list(documents) for name, documents in standard_library().items()}
+    splits = standard_library()
     sizes = ", ".join(f"{len(documents)} for {name}" for name, documents in splits.items())
-    say(
-        f"Model: {lm.name}, {lm.model.num_parameters() / 1e6:.1f} M parameters; it has never been trained on this text."
-    )
+    unseen = "; it was not trained on this text" if model == "reference" else ""
+    say(f"Model: {lm.name}, {lm.model.num_parameters() / 1e6:.1f} M parameters{unseen}.")
     say(f"Text: documentation and sources of Python's standard library, split by file: {sizes}.\n")
 
     say("1. build: one entry a token of the train files")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     memory = Datastore.build(lm, splits["train"], output / "memory")
-    say(f"   {len(memory):,} entries, {memory.info()['bytes'] / 1e6:.0f} MB, search: {_search(memory.index.details)}")
+    info = memory.info()
+    search = common.describe_search(info["index"])
+    say(f"   {len(memory):,} entries, {decimal(info['bytes'])}, search: {search}")
 
     say("2. tune: λ, temperature and k on the valid files")
-    tuning = tune_report(lm, memory, splits["valid"], max_tokens=8_000)
+    tuning = tune_report(lm, memory, splits["valid"], max_tokens=_TUNED_TOKENS)
     tuning.mixture.save(output / "mixture.json")
     say(f"   {tuning.verdict()}")
 
@@ -62,8 +73,8 @@ def demo(
     say("\n" + str(evaluation) + "\n")
 
     say("4. generate: a continuation, with its sources")
-    prompt, passage = _passage(splits["test"])
-    text = write(lm, memory, tuning.mixture, prompt, 48, 0, stream=False, do_sample=False)
+    prompt, passage = _passage(splits["test"], lm)
+    text = write(lm, memory, tuning.mixture, prompt, _NEW_TOKENS, 0, stream=False, do_sample=False)
     generated = explain(lm, text, memory, tuning.mixture, title="Generated text", generated_from=len(prompt))
     if not json:
         generated.print()
@@ -78,46 +89,62 @@ def demo(
         common.emit({"results": rows, "tuning": tuning.to_dict(), "generated": text}, "", True)
 
 
-def standard_library() -> dict[str, Iterator[Document]]:
-    """Return documents of train, valid and test: topics of Python's own documentation, and its sources, by file."""
-    candidates = sorted(_documents(), key=lambda document: zlib.crc32(document.id.encode()))
-    if not candidates:
-        raise CorpusError("this Python has no sources of its standard library; expected .py files beside it")
+def standard_library() -> dict[str, list[Document]]:
+    """Return documents of train, valid and test: topics of Python's own documentation, and its sources, by file.
+
+    Raises:
+        CorpusError: This Python has too few sources, as where its library lies in an archive or is compiled only.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    candidates = sorted([*_topics(), *_sources(root)], key=lambda item: (zlib.crc32(item.id.encode()), item.id))
     splits: dict[str, list[Document]] = {name: [] for name in _SIZES}
-    filled = dict.fromkeys(_SIZES, 0)
+    room = dict(_SIZES)
     for number, document in enumerate(candidates):
         name = ("test", "valid")[number % 10] if number % 10 < 2 else "train"
-        if filled[name] < _SIZES[name]:
-            splits[name].append(document)
-            filled[name] += len(document.text)
-    return {name: iter(documents) for name, documents in splits.items()}
+        if room[name] >= _SMALLEST:
+            text = _beginning(document.text, min(_FILE, room[name]))
+            splits[name].append(Document(id=document.id, text=text))
+            room[name] -= len(text)
+    for name, documents in splits.items():
+        if not any(document.id.endswith(".py") for document in documents):
+            raise CorpusError(
+                f"{root} has too few sources of Python's standard library (none for {name}); expected .py files, as "
+                "python.org's and the distributions' full packages have them: run memlm with another Python"
+            )
+    return splits
 
 
-def _documents() -> Iterator[Document]:
-    from pydoc_data.topics import topics
-
+def _topics() -> Iterator[Document]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some packages leave it out
+        return
     for name, text in topics.items():
-        yield Document(id=f"help({name})", text=text[:_FILE])
-    root = Path(sysconfig.get_paths()["stdlib"])
+        yield Document(id=f"help({name})", text=text)
+
+
+def _sources(root: Path) -> Iterator[Document]:
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
         if not any(part in _LEFT_OUT for part in relative.parts) and 2_000 < path.stat().st_size < 200_000:
-            yield Document(id=relative.as_posix(), text=path.read_text(encoding="utf-8", errors="replace")[:_FILE])
+            yield Document(id=relative.as_posix(), text=path.read_text(encoding="utf-8", errors="replace"))
 
 
-def _passage(documents: list[Document]) -> tuple[str, Document]:
+def _beginning(text: str, size: int) -> str:
+    """Return the first lines of a text that fit into a number of characters."""
+    return text if len(text) <= size else text[: text.rfind("\n", 0, size) + 1]
+
+
+def _passage(documents: list[Document], lm: Any) -> tuple[str, Document]:
     """Choose the middle of a test file: a few lines as a prompt, and some more to explain."""
     document = max((item for item in documents if item.id.endswith(".py")), key=lambda item: len(item.text))
     lines = document.text.splitlines(keepends=True)
-    middle = next(
-        (n for n in range(len(lines) // 3, len(lines)) if lines[n].lstrip().startswith("def ")), len(lines) // 3
-    )
-    prompt = "".join(lines[max(0, middle - 6) : middle + 1]).rstrip()
-    passage = "".join(lines[max(0, middle - 6) : middle + 30])
-    return prompt, Document(id=document.id, text=passage)
-
-
-def _search(details: dict[str, object]) -> str:
-    if details["kind"] == "exact":
-        return "exact"
-    return f"{details['factory']}, recall@{details['recall_k']} {details['recall']}"
+    third = len(lines) // 3
+    middle = next((n for n in range(third, len(lines)) if lines[n].lstrip().startswith("def ")), third)
+    first = max(0, middle - 6)
+    passage = Document(id=document.id, text="".join(lines[first : middle + 30]))
+    while True:  # the prompt must leave room for what follows
+        prompt = "".join(lines[first : middle + 1]).rstrip()
+        if first == middle or len(lm.tokenizer.tokenize(prompt)) < lm.positions - _NEW_TOKENS:
+            return prompt, passage
+        first += 1

@@ -19,11 +19,8 @@ def evaluate(
     json: common.Json = False,
 ) -> None:
     """Score text by the model alone and with the memory: perplexity per token, word and byte, and tokens a second."""
-    settings = common.load_mixture(mixture, weight, temperature, k)
-    from ..datastore import Datastore
+    lm, memory, settings = common.open_all(model, datastore, mixture, weight, temperature, k, dtype, device)
     from ..evaluation import evaluate as measure
 
-    memory = Datastore(datastore)
-    lm = common.load_for(memory, model, dtype, device)
     result = measure(lm, [str(path) for path in text], memory, settings, max_tokens=max_tokens)
     common.emit(result.to_dict(), str(result), json)

@@ -14,32 +14,31 @@ from . import _common as common
 def explain(
     model: common.Model,
     datastore: common.Memory,
-    text: Annotated[str, typer.Argument(help="The text itself, or @FILE to read it from a file.")],
+    text: Annotated[str, typer.Argument(help="The text itself, or @FILE for the first document of a file.")],
     mixture: common.Mixture = None,
     weight: common.Weight = None,
     temperature: common.Temperature = None,
     k: common.K = None,
     html: Annotated[Path | None, typer.Option(help="Write a page that needs nothing else.")] = None,
-    sources: Annotated[int, typer.Option(help="Neighbors shown a token.")] = 5,
+    sources: Annotated[int, typer.Option(min=1, help="Neighbors shown a token.")] = 5,
     dtype: common.Dtype = "float32",
     device: common.Device = None,
     json: common.Json = False,
 ) -> None:
     """Color every token by what the memory changed, and show the stored tokens that did it."""
+    common.check_output(html, ".html", ".htm")
     title = "Explained text"
     if text.startswith("@"):
         from ..documents import Corpus
 
-        title = Path(text[1:]).name
-        text = next(iter(Corpus(text[1:]))).text
-    if not text.strip():
-        raise ConfigError("there is no text to explain; give some, or @FILE")
-    settings = common.load_mixture(mixture, weight, temperature, k)
-    from ..datastore import Datastore
+        path = Path(text[1:])
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; expected a file after @")
+        title, text = path.name, next(iter(Corpus(path))).text
+    common.check_text("text", text)
+    lm, memory, settings = common.open_all(model, datastore, mixture, weight, temperature, k, dtype, device)
     from ..evaluation import explain as explain_text
 
-    memory = Datastore(datastore)
-    lm = common.load_for(memory, model, dtype, device)
     explanation = explain_text(lm, text, memory, settings, sources=sources, title=title)
     if html is not None:
         explanation.save(html)

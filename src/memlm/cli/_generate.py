@@ -18,7 +18,7 @@ def generate(
     weight: common.Weight = None,
     temperature: common.Temperature = None,
     k: common.K = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 60,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 60,
     sample: Annotated[bool, typer.Option(help="Draw tokens; otherwise take the likeliest.")] = False,
     top_p: Annotated[float, typer.Option(help="With --sample: draw from the likeliest tokens of this mass.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
@@ -28,18 +28,12 @@ def generate(
     json: common.Json = False,
 ) -> None:
     """Write text with the memory, token by token as it comes, and show its sources."""
-    if not prompt:
-        raise ConfigError("the prompt is empty; give the beginning of a text")
-    if max_new_tokens < 1 or not 0 < top_p <= 1:
-        raise ConfigError(
-            f"max-new-tokens {max_new_tokens} and top-p {top_p}: expected at least 1, and a share up to 1"
-        )
-    settings = common.load_mixture(mixture, weight, temperature, k)
-    from ..datastore import Datastore
+    common.check_text("prompt", prompt)
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top-p is {top_p}; expected a share above 0 and up to 1")
+    lm, memory, settings = common.open_all(model, datastore, mixture, weight, temperature, k, dtype, device)
     from ..evaluation import explain
 
-    memory = Datastore(datastore)
-    lm = common.load_for(memory, model, dtype, device)
     options: dict[str, Any] = {"do_sample": True, "top_p": top_p} if sample else {"do_sample": False}
     text = write(lm, memory, settings, prompt, max_new_tokens, seed, stream=not json, **options)
     explanation = explain(lm, text, memory, settings, title="Generated text", generated_from=len(prompt))
@@ -62,6 +56,11 @@ def write(
     ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if lm.tokenizer.bos_token_id is not None:
         ids = [lm.tokenizer.bos_token_id, *ids]
+    if len(ids) + max_new_tokens > lm.positions:
+        raise ConfigError(
+            f"{len(ids)} tokens of prompt and {max_new_tokens} new ones are more than the {lm.positions} positions of "
+            f"{lm.name}; shorten one of them"
+        )
     inputs = torch.tensor([ids], device=lm.device)
     if stream:
         options["streamer"] = TextStreamer(lm.tokenizer, skip_prompt=False, skip_special_tokens=True)

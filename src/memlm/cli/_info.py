@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
+
+from rich.filesize import decimal
 
 from . import _common as common
 
@@ -12,14 +15,25 @@ def info(datastore: common.Memory, json: common.Json = False) -> None:
     from ..datastore import Datastore
 
     described = Datastore(datastore).info()
-    common.emit(described, "\n".join(_lines(described)), json)
+    common.emit(described, _described(described), json)
 
 
-def _lines(values: dict[str, Any], prefix: str = "") -> list[str]:
-    lines = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            lines += _lines(value, f"{prefix}{name}.")
-        else:
-            lines.append(f"{prefix + name:<28} {value:,}" if isinstance(value, int) else f"{prefix + name:<28} {value}")
-    return lines
+def _described(info: dict[str, Any]) -> str:
+    encoder, site, index, corpus = info["encoder"], info["encoder"]["key_site"], info["index"], info["corpus"]
+    search = common.describe_search(index)
+    if "nprobe" in index:
+        search += f", visits {index['nprobe']:,} of {index['lists']:,} lists"
+    left_out = f", {corpus['skipped']:,} documents without text or binary left out" if corpus["skipped"] else ""
+    lines = {
+        "entries": f"{info['entries']:,} of {common.count(info['documents'], 'document')}",
+        "size": f"{decimal(info['bytes'])} in {common.count(info['segments'], 'segment')}",
+        "made": f"{datetime.fromisoformat(info['created']):%Y-%m-%d %H:%M %Z}, version {info['version']}",
+        "from": f"{corpus['source']}{left_out}",
+        "model": f"{encoder['name']} ({encoder['architecture']}, {encoder['dtype']}), {encoder['sha256'][:12]}",
+        "tokenizer": f"{info['tokenizer']['vocab_size']:,} tokens, {info['tokenizer']['sha256'][:12]}",
+        "keys": f"{site['name']} ({site['path']}, {site['tensor']}), {info['keys']['width']} × {info['keys']['dtype']}",
+        "windows": f"{info['windows']['stride']} tokens after {info['windows']['context']} of context",
+        "search": search,
+        "files": "all match their checksums",
+    }
+    return "\n".join([info["path"], *(f"  {name:<10} {value}" for name, value in lines.items())])

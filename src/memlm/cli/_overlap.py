@@ -8,6 +8,8 @@ import typer
 
 from . import _common as common
 
+_LISTED = 10
+
 
 def overlap(
     model: common.Model,
@@ -21,9 +23,13 @@ def overlap(
     from ..evaluation import overlap as measure
 
     memory = Datastore(datastore)
-    result = measure(common.load_for(memory, model, "float32", None), [str(path) for path in text], memory, n=n)
+    lm = common.load_for(memory, model, "float32", None)
+    result = measure(lm, [str(path) for path in text], memory, n=n)
     lines = [f"{100 * result.share:.1f} % of {result.ngrams:,} {n}-grams are stored"]
-    lines += [f"  {100 * share:5.1f} %  {name}" for name, share in list(result.documents.items())[:10]]
+    lines += [f"  {100 * share:5.1f} %  {name}" for name, share in list(result.documents.items())[:_LISTED]]
+    if len(result.documents) > _LISTED:
+        lines.append(f"  and {len(result.documents) - _LISTED:,} more documents")
     if result.stored:
-        lines.append(f"{len(result.stored)} documents are stored whole: {', '.join(result.stored[:5])}")
+        names = ", ".join(result.stored[:_LISTED]) + (", …" if len(result.stored) > _LISTED else "")
+        lines.append(f"stored whole: {len(result.stored):,} of the documents ({names})")
     common.emit(result.to_dict(), "\n".join(lines), json)

@@ -72,7 +72,7 @@ def build_segments(
         raise ConfigError(f"key type is {key_dtype!r}; expected one of {', '.join(KEY_TYPES)}")
     if segment_entries < 1:
         raise ConfigError(f"segment_entries is {segment_entries}; expected at least 1")
-    corpus = Corpus(source)
+    corpus = source if isinstance(source, Corpus) else Corpus(source)  # whoever made it reads what it left out
     identity = encoder.identity
     settings = {
         "key_dtype": key_dtype,
@@ -81,13 +81,14 @@ def build_segments(
     }
     parts: list[Part] = []
     entry_bytes = KEY_TYPES[key_dtype][1].itemsize * encoder.key_width + 20
-    with _new_folder(path, entry_bytes), progress("reading keys", None, show=show_progress) as advance:
+    with _new_folder(path, entry_bytes):
         for group in _groups(encoder, corpus, segment_entries):
             name = f"{len(parts):06d}"
             writer = SegmentWriter(path / "segments" / name, group, **settings)
-            for rows, keys in encoder.keys(item.ids for item in group):
-                writer.write_keys(rows, keys)
-                advance(len(rows))
+            with progress("reading keys", writer.entries, show=show_progress) as advance:  # a bar a segment
+                for rows, keys in encoder.keys(item.ids for item in group):
+                    writer.write_keys(rows, keys)
+                    advance(len(rows))
             parts.append(Part.describe(path / "segments", name, writer.finish()))
         manifest = Manifest(
             version=1,

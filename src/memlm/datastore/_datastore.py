@@ -90,7 +90,7 @@ class Datastore:
             index: "auto", "exact", or a FAISS factory string; see `build_index`.
             key_dtype: "float16" or "bfloat16".
             segment_entries: Entries a segment, about; a document is never divided. Bounds the text held in memory.
-            show_progress: Show rate on stderr.
+            show_progress: Show rate and time left on stderr.
 
         Raises:
             CorpusError: No text, or unreadable text.
@@ -108,12 +108,13 @@ class Datastore:
             show_progress=show_progress,
         )
         datastore = cls(path, verify=False)
-        datastore.build_index(index)
+        datastore.build_index(index, show_progress=show_progress)
         return datastore
 
-    def build_index(self, factory: str = "auto") -> None:
+    def build_index(self, factory: str = "auto", *, show_progress: bool = False) -> None:
         """Build another search index and publish it as a new version of the datastore."""
-        part = build_index(self, self.path / "index", factory, name=f"{self.manifest.version + 1:06d}")
+        name = f"{self.manifest.version + 1:06d}"
+        part = build_index(self, self.path / "index", factory, name=name, show_progress=show_progress)
         if part is None and self.manifest.index is None:
             return
         manifest = self.manifest.with_index(part)

@@ -191,11 +191,14 @@ class Manifest:
             content = json.loads(file.read_text())
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}")
+            _check(content["format_version"], int, "format_version")
             if content["format_version"] > FORMAT_VERSION:  # checked first: nothing else is known of a newer one
                 raise FormatVersionError(
                     f"{path} has format version {content['format_version']}; this memlm reads up to {FORMAT_VERSION}: "
                     "install a newer memlm"
                 )
+            if content["format_version"] < 1:
+                raise ValueError(f"its format version is {content['format_version']}")
             if content.pop("sha256") != content_sha256(content):
                 raise ValueError("its content does not match its checksum")
             content.pop("format"), content.pop("format_version")

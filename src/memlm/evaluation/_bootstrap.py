@@ -19,6 +19,11 @@ class Interval(NamedTuple):
     high: float
     unit: str
 
+    def __str__(self) -> str:
+        if self.high == np.inf:
+            return f"{self.mean:.3f} nats a token (too little text for an interval)"
+        return f"{self.mean:.3f} nats a token (95 % interval {self.low:.3f} to {self.high:.3f} over {self.unit})"
+
 
 def paired_bootstrap(
     differences: npt.NDArray[np.float64], documents: npt.NDArray[np.int64], *, samples: int = 2000, seed: int = 0

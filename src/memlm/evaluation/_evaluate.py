@@ -123,8 +123,7 @@ class Evaluation:
         first, last = self.results[0], self.results[-1]
         lines.append(
             f"{first.tokens:,} tokens; perplexity {100 * (last.perplexity / first.perplexity - 1):+.1f} %; gain "
-            f"{self.gain.mean:.3f} nats a token, 95 % interval [{self.gain.low:.3f}, {self.gain.high:.3f}] over "
-            f"{self.gain.unit}; {100 * self.helped:.0f} % of tokens helped, {100 * self.hurt:.0f} % hurt"
+            f"{self.gain}; {100 * self.helped:.0f} % of tokens helped, {100 * self.hurt:.0f} % hurt"
         )
         return "\n".join(lines)
 

@@ -82,7 +82,7 @@ def _legend(plain: bool) -> Text:
         return Text("⟦from memory⟧   ¹ note below")
     return Text.assemble(
         ("from memory", "underline"),
-        "   memory made it ",
+        "   made ",
         (" ×16 ", _STYLES[4]),
         (" ×4 ", _STYLES[3]),
         (" ×2 ", _STYLES[2]),

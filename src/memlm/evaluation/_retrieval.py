@@ -85,8 +85,8 @@ class Text:
                 break
         if not self.tokens:
             raise CorpusError(
-                f"no token of {describe(source)} can be scored: every document has one token, and without a start token "
-                "the first is not scored; pass longer text"
+                f"no token of {describe(source)} can be scored: every document has one token, and without a start "
+                "token the first is not scored; pass longer text"
             )
 
     @property

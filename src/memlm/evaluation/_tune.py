@@ -58,14 +58,12 @@ class Tuning:
 
     def verdict(self) -> str:
         """Say in one sentence whether the memory helps."""
-        change = f"perplexity {self.lm_perplexity:.2f} → {self.perplexity:.2f} on {self.tokens:,} held-out tokens"
+        change = f"perplexity {self.lm_perplexity:,.2f} → {self.perplexity:,.2f} on {self.tokens:,} held-out tokens"
+        best = self.best
+        settings = f"λ {best.interpolation_weight:.3f}, temperature {best.temperature:.3g}, k {best.k:,}"
         if self.helps:
-            best = self.best
-            return f"memory helps: {change} with λ {best.interpolation_weight:.3f}, temperature {best.temperature:.3g}, k {best.k}"  # fmt: skip
-        return (
-            f"memory does not help here: at best {change}, a gain whose 95 % interval [{self.gain.low:.4f}, "
-            f"{self.gain.high:.4f}] nats a token does not lie above 0; λ is set to 0"
-        )
+            return f"memory helps: {change} with {settings}; gain {self.gain}"
+        return f"memory does not help here: at best {change} with {settings}; gain {self.gain}; λ is set to 0"
 
 
 def tune(lm: LanguageModel, memory: Datastore, source: Any, **settings: Any) -> KnnMixture:
@@ -147,7 +145,7 @@ def tune_cached(cached: Retrieved, documents: npt.NDArray[np.int64]) -> Tuning:
                 "perplexity": math.exp(row["nats"]),
             }
             for row in rows
-        ],  # fmt: skip
+        ],
     )
 
 

@@ -101,6 +101,7 @@ def plots(tuning: Tuning, evaluation: Evaluation, documents: list[Document]) -> 
     )
     left.set(
         xscale="log",
+        yscale="log",
         xlabel="temperature",
         ylabel="perplexity per token",
         title="Tuning on valid (best λ for each point)",
@@ -111,10 +112,18 @@ def plots(tuning: Tuning, evaluation: Evaluation, documents: list[Document]) -> 
     right.scatter(points[:, 0], points[:, 1], s=22, alpha=0.8)
     low, high = points.min() * 0.8, points.max() * 1.2
     right.plot([low, high], [low, high], color="0.4", ls="--", lw=1)
-    for number in np.argsort(points[:, 1] / points[:, 0])[:3]:
+    ratio = points[:, 1] / points[:, 0]
+    for number, side in ((int(ratio.argmin()), (6, -10)), (int(ratio.argmax()), (6, 4))):
         if number < len(documents):
-            right.annotate(documents[number].id, points[number], fontsize=7, xytext=(4, -8), textcoords="offset points")
-    right.set(xscale="log", yscale="log", xlabel="perplexity of the model alone", ylabel="with memory", title="Test documents: below the line, memory helps")  # fmt: skip
+            label = documents[number].id
+            right.annotate(label, points[number], fontsize=7, xytext=side, textcoords="offset points")
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlabel="perplexity of the model alone",
+        ylabel="with memory",
+        title="Test documents: below the line, memory helps",
+    )
     for axes in (left, right):
         axes.grid(alpha=0.3)
     buffer = io.BytesIO()

@@ -48,7 +48,7 @@ def check_factory(factory: str, width: int) -> None:
         empty_index(factory, width)
 
 
-def build_index(keys: Keys, folder: Path, factory: str, *, name: str) -> Part | None:
+def build_index(keys: Keys, folder: Path, factory: str, *, name: str, show_progress: bool = False) -> Part | None:
     """Build a search index into `folder/name`; None where the factory is (or `auto` picks) "exact".
 
     Args:
@@ -56,13 +56,14 @@ def build_index(keys: Keys, folder: Path, factory: str, *, name: str) -> Part | 
         folder: Where indexes lie.
         factory: "auto", "exact", or a FAISS factory string such as "IVF1024,SQ8".
         name: Of the new index.
+        show_progress: Show rate and time left on stderr.
 
     Raises:
         IndexError_: FAISS refuses the factory string or the keys.
     """
     if factory == "auto":
         factory = auto_factory(len(keys), keys.width, keys.key_dtype)
-    return None if factory == "exact" else build_faiss(keys, folder, factory, name)
+    return None if factory == "exact" else build_faiss(keys, folder, factory, name, show_progress=show_progress)
 
 
 def open_index(keys: Keys, folder: Path, part: Part | None, *, verify: bool) -> Index:

@@ -19,6 +19,7 @@ import faiss  # isort: skip
 
 from ..errors import IndexError_
 from ..neighbors import Neighbors
+from ..progress import progress
 from ._exact import ExactIndex
 from ._protocol import Keys
 
@@ -57,7 +58,7 @@ class FaissIndex:
         return found if self.details["stores_keys"] else rerank(self._keys, queries, found, k)
 
 
-def build_faiss(keys: Keys, folder: Path, factory: str, name: str) -> Part:
+def build_faiss(keys: Keys, folder: Path, factory: str, name: str, *, show_progress: bool) -> Part:
     """Train, fill, tune and measure a FAISS index; on any error nothing of it is left.
 
     `nprobe` is raised until recall@k, measured against exact search with stored keys as queries, reaches 0.99; what was
@@ -70,8 +71,10 @@ def build_faiss(keys: Keys, folder: Path, factory: str, name: str) -> Part:
     target.mkdir(parents=True)
     try:
         index, stores_keys = _train(keys, factory)  # must be kept: parts of it do not own their memory
-        for _, block in keys.key_blocks():
-            index.add(block)
+        with progress("building index", len(keys), "keys", show=show_progress) as advance:
+            for _, block in keys.key_blocks():
+                index.add(block)
+                advance(len(block))
         details = {"kind": "faiss", "factory": factory, "stores_keys": stores_keys, **_tune(keys, index, stores_keys)}
         faiss.write_index(index, str(target / "index.faiss"))
         return Part.describe(folder, name, details)

@@ -49,8 +49,10 @@ class KnnMixture:
                 "to 1 (the memory alone)"
             )
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ConfigError(f"temperature is {self.temperature}; expected a positive number, about the size of a "
-                              "typical squared distance; `memlm tune` finds one")  # fmt: skip
+            raise ConfigError(
+                f"temperature is {self.temperature}; expected a positive number, about the size of a "
+                "typical squared distance; `memlm tune` finds one"
+            )
         if not isinstance(self.k, Integral) or self.k < 1:
             raise ConfigError(f"k is {self.k}; expected a whole number of neighbors, at least 1")
 

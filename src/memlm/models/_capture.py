@@ -98,7 +98,7 @@ def forward_to_site(model: nn.Module, site: KeySite, input_ids: Tensor, **kwargs
 
 
 @torch.no_grad()
-def check_key_site(model: nn.Module, site: KeySite) -> None:
+def check_key_site(model: Any, site: KeySite) -> None:
     """Check on a few random tokens that keys do not depend on what follows or on how the text is fed.
 
     Raises:

@@ -64,14 +64,14 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.site: KeySite = find_key_site(model, key_site)
-        limit = _positions(model)
-        width = min(1024, limit)
+        self.positions = _positions(model)
+        width = min(1024, self.positions)
         context = width // 4 if context is None else context
         self.windows = WindowScheme(context, max(1, width - context) if stride is None else stride)
-        if self.windows.context + self.windows.stride - 1 > limit:
+        if self.windows.context + self.windows.stride - 1 > self.positions:
             raise ModelError(
-                f"context {self.windows.context} + stride {self.windows.stride} is longer than the {limit} positions of "
-                f"{name}; lower one of them"
+                f"context {self.windows.context} + stride {self.windows.stride} is longer than the {self.positions} "
+                f"positions of {name}; lower one of them"
             )
         self.batch_tokens = batch_tokens
         check_key_site(model, self.site)

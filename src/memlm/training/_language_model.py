@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..documents import Corpus
 from ..errors import ConfigError
-from ..files import atomic_writer, write_json
+from ..files import atomic_writer, write_atomically, write_json
 from ..progress import progress
 from ._card import plot_losses, write_card
 from ._recipe import Recipe, Schedule
@@ -50,16 +50,18 @@ def train_language_model(recipe: Recipe, output: str | Path, *, show_progress: b
     valid = {Path(path).name.split(".")[0]: _tokens([path], tokenizer, output / f"valid-{number}.npy", show_progress)
              for number, path in enumerate(recipe.valid)}  # fmt: skip
     schedule = recipe.schedule
-    if len(train[0]) <= schedule.block:
-        raise ConfigError(
-            f"the training text has {len(train[0])} tokens; expected more than a block ({schedule.block})"
-        )
+    for name, (tokens, _) in {"train": train, **valid}.items():
+        if len(tokens) <= schedule.block:
+            raise ConfigError(
+                f"the text of {name} has {len(tokens)} tokens; expected more than a block ({schedule.block})"
+            )
 
     torch.manual_seed(schedule.seed)
     model = LlamaForCausalLM(_config(recipe, tokenizer))
     optimizers = _optimizers(model, schedule)
     loss_of = _loss_function(model, schedule)
     first = _load_checkpoint(output / "checkpoint.pt", model, optimizers)
+    _cut_log(output / "losses.jsonl", first)
     valid_losses: dict[str, float] = {}
     tokens_a_step = schedule.batch * schedule.block
     with progress("training", (schedule.steps - first) * tokens_a_step, show=show_progress) as advance:
@@ -81,9 +83,10 @@ def train_language_model(recipe: Recipe, output: str | Path, *, show_progress: b
     if not valid_losses:
         valid_losses = {name: _validate(loss_of, tokens, schedule) for name, (tokens, _) in valid.items()}
 
+    steps = max(first, schedule.steps)  # a recipe made shorter than the run was does not undo what was trained
     summary: dict[str, Any] = {
-        "steps": schedule.steps,
-        "tokens": schedule.steps * tokens_a_step,
+        "steps": steps,
+        "tokens": steps * tokens_a_step,
         "train_tokens": len(train[0]),
         "parameters": model.num_parameters(),
         "valid": {
@@ -225,7 +228,7 @@ def _validation_blocks(tokens: np.ndarray, schedule: Schedule, limit: int = 64) 
     """At most `limit` blocks, evenly spread over the corpus."""
     blocks = (len(tokens) - 1) // schedule.block
     chosen = np.unique(np.linspace(0, blocks - 1, min(limit, blocks)).astype(int)) if blocks else np.array([], int)
-    width = schedule.micro_batch
+    width = min(schedule.micro_batch, len(chosen))
     for start in range(0, len(chosen) - len(chosen) % width, width):
         rows = [tokens[n * schedule.block : (n + 1) * schedule.block + 1] for n in chosen[start : start + width]]
         yield torch.from_numpy(np.stack(rows).astype(np.int64))
@@ -241,6 +244,17 @@ def _save_checkpoint(path: Path, model: Any, optimizers: list[torch.optim.Optimi
     state = {"step": step, "model": model.state_dict(), "optimizers": [item.state_dict() for item in optimizers]}
     with atomic_writer(path) as file:
         torch.save(state, file)
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop the losses of steps after the checkpoint: they will be taken again. A line may be broken by a kill."""
+    rows: dict[int, str] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows[json.loads(line)["step"]] = line
+        except json.JSONDecodeError:
+            continue
+    write_atomically(path, "".join(f"{rows[number]}\n" for number in sorted(rows) if number <= step))
 
 
 def _load_checkpoint(path: Path, model: Any, optimizers: list[torch.optim.Optimizer]) -> int:
@@ -259,7 +273,7 @@ def _publish(model: Any, tokenizer: Any, recipe: Recipe, summary: dict[str, Any]
     shutil.rmtree(staging, ignore_errors=True)
     plain = LlamaForCausalLM(model.config)
     plain.load_state_dict(model.state_dict())
-    plain.to(torch.bfloat16).save_pretrained(staging)
+    plain.bfloat16().save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     rows = [json.loads(line) for line in (output / "losses.jsonl").read_text().splitlines()]
     plot_losses(rows, staging / "losses.png")

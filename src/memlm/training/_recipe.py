@@ -12,6 +12,10 @@ from typing import Any
 from ..errors import ConfigError
 
 
+# What TOML may give for a field of a type; `type` and not `isinstance`, for which true is a whole number.
+_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "list[str]": (list,)}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
     """Shape of a Llama model."""
@@ -79,11 +83,10 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        if self.schedule.steps < 1 or self.schedule.batch % self.schedule.micro_batch:
-            raise ConfigError(
-                f"steps = {self.schedule.steps}, batch = {self.schedule.batch}, micro_batch = "
-                f"{self.schedule.micro_batch}: expected steps of at least 1 and a micro_batch that divides batch"
-            )
+        sizes = {name: getattr(self.schedule, name) for name in ("steps", "batch", "micro_batch", "block")}
+        if min(sizes.values()) < 1 or self.schedule.batch % self.schedule.micro_batch:
+            described = ", ".join(f"{name} = {value}" for name, value in sizes.items())
+            raise ConfigError(f"{described}: expected whole numbers of at least 1 and a micro_batch that divides batch")
         if self.schedule.block > self.model.max_position_embeddings:
             raise ConfigError(f"block = {self.schedule.block} is longer than max_position_embeddings; shorten it")
 
@@ -98,20 +101,24 @@ def load_recipe(path: str | Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     for split in ("train", "valid"):
-        if split in table:
-            table[split] = [str(path.parent / name) for name in table[split]]
+        if isinstance(table.get(split), list):
+            table[split] = [str(path.parent / str(name)) for name in table[split]]
     nested = {"model": ModelShape, "schedule": Schedule}
     values = {key: _build(nested[key], value, key) if key in nested else value for key, value in table.items()}
     return _build(Recipe, values, str(path))
 
 
-def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
-    names = [item.name for item in dataclasses.fields(kind)]
-    for key in values:
-        if key not in names:
-            close = difflib.get_close_matches(key, names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(names)}"
+def _build(kind: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} is {values!r}; expected a table, [{where}]")
+    types = {item.name: str(item.type) for item in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in types:
+            close = difflib.get_close_matches(key, types, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(types)}"
             raise ConfigError(f"{where} has an unknown key {key!r}{hint}")
+        if types[key] in _TYPES and type(value) not in _TYPES[types[key]]:
+            raise ConfigError(f"{where} has {key} = {value!r}; expected {types[key]}")
     try:
         return kind(**values)
     except TypeError as error:

@@ -1,0 +1,5 @@
+"""`python -m memlm`: the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,80 @@
+"""docs/datastore-format.md to the letter: a reader in the standard library and NumPy; the page's tables are checked."""
+
+import json
+import re
+import struct
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from memlm import Datastore
+
+PAGE = (Path(__file__).parents[1] / "docs/datastore-format.md").read_text(encoding="utf-8")
+TYPES = {"F16": "<f2", "BF16": "<u2", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
+
+
+def read_manifest(folder):
+    files = [path for path in folder.iterdir() if re.fullmatch(r"manifest-\d{6,}\.json", path.name)]
+    content = json.loads(max(files, key=lambda path: int(path.stem[9:])).read_bytes())
+    others = {name: value for name, value in content.items() if name != "sha256"}
+    text = json.dumps(others, sort_keys=True, separators=(",", ":"))
+    assert content["sha256"] == sha256(text.encode("ascii")).hexdigest()
+    assert (content["format"], content["format_version"], content["version"]) == ("memlm-datastore", 1, len(files))
+    return content
+
+
+def fields(value, path=""):
+    """Name the fields of a manifest as the page does."""
+    if isinstance(value, dict):
+        in_files = path.endswith(".files")
+        return set().union(*(fields(v, f"{path}.{'<file>' if in_files else k}".strip(".")) for k, v in value.items()))
+    return {path}.union(*(fields(item, f"{path}[]") for item in (value if isinstance(value, list) else ())))
+
+
+def read_tensors(data):
+    (length,) = struct.unpack_from("<Q", data)
+    tensors = {}
+    for name, item in json.loads(data[8 : 8 + length]).items():
+        assert re.search(rf"^\| `\w+\.safetensors` \| `{name}` \| [^|]*`{item['dtype']}`", PAGE, re.MULTILINE)
+        content = data[slice(*(8 + length + offset for offset in item["data_offsets"]))]
+        tensors[name] = np.frombuffer(content, TYPES[item["dtype"]]).reshape(item["shape"])
+    return tensors
+
+
+def key_at(lm, manifest, ids, i):
+    """Run the model over the window of entry i and return what its key site shows there."""
+    context, stride, seen = manifest["windows"]["context"], manifest["windows"]["stride"], []
+    module = lm.model.get_submodule(manifest["encoder"]["key_site"]["path"])
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, -1]))
+    lm.model(torch.tensor([ids[max(0, 1 + stride * (i // stride) - context) : i + 1]]))
+    hook.remove()
+    return seen[0].detach().numpy()
+
+
+@pytest.mark.parametrize(("key_dtype", "index"), [("float16", "exact"), ("bfloat16", "IVF2,SQ8")])
+def test_a_reader_written_from_the_page(key_dtype, index, tiny_lm, documents, tmp_path):
+    lm, folder, stored = tiny_lm(context=6, stride=5), tmp_path / "memory", iter(documents)
+    Datastore.build(lm, documents, folder, key_dtype=key_dtype, index=index, segment_entries=80, show_progress=False)
+    manifest = read_manifest(folder)
+    table = set(re.findall(r"^\| `([^`]+)` \|", PAGE.split("## Manifest")[1].split("## Entries")[0], re.MULTILINE))
+    assert fields(manifest) | {"index"} == {name for name in table if index != "exact" or "index." not in name}
+    for part in manifest["segments"]:
+        raw = {name: (folder / "segments" / part["name"] / name).read_bytes() for name in part["files"]}
+        assert part["files"] == {n: {"bytes": len(b), "sha256": sha256(b).hexdigest()} for n, b in raw.items()}
+        tensors = read_tensors(raw["entries.safetensors"]) | read_tensors(raw["keys.safetensors"])
+        keys = tensors["keys"] if key_dtype == "float16" else (tensors["keys"].astype("<u4") << 16).view("<f4")
+        for d in range(part["details"]["documents"]):
+            document, (start, stop) = next(stored), tensors["entry_starts"][d : d + 2]
+            line = json.loads(raw["documents.jsonl"][slice(*tensors["text_starts"][d : d + 2])])
+            assert line.pop("sha256") == sha256(document.text.encode()).hexdigest()
+            assert line == {"id": document.id, "metadata": document.metadata, "text": document.text}
+            text = lm.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)
+            ids = [manifest["tokenizer"]["start"], *text["input_ids"], manifest["tokenizer"]["end"]]
+            assert tensors["values"][start:stop].tolist() == ids[1:]
+            assert tensors["spans"][start:stop].tolist() == [*map(list, text.offset_mapping), [len(document.text)] * 2]
+            for i in {0, min(5, len(ids) - 2), len(ids) - 2}:
+                np.testing.assert_allclose(keys[start + i], key_at(lm, manifest, ids, i), rtol=0.01, atol=0.01)
+    assert next(stored, None) is None

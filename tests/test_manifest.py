@@ -1,0 +1,177 @@
+"""Manifests: damaged, from a newer memlm, or made to deceive; and folders that are no place for a datastore."""
+
+import hashlib
+import json
+
+import pytest
+
+from fake_encoder import FakeEncoder, random_documents
+from memlm import Datastore
+from memlm.datastore import FORMAT_VERSION, Manifest
+from memlm.errors import DatastoreCorrupt, DatastoreError, FormatVersionError, IndexError_
+
+MANIFEST = "manifest-000001.json"
+
+
+@pytest.fixture
+def changed(copied):
+    """Return a function that changes the manifest of a sound datastore, checksum included, and opens the datastore."""
+    original = json.loads((copied / MANIFEST).read_text())
+
+    def change(path, value):
+        content = json.loads(json.dumps(original))
+        content.pop("sha256")
+        place = content
+        *outer, last = path.split("/")
+        for name in outer:
+            place = place[int(name) if isinstance(place, list) else name]
+        if value is KeyError:
+            del place[last]
+        else:
+            place[int(last) if isinstance(place, list) else last] = value
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        content["sha256"] = hashlib.sha256(canonical.encode()).hexdigest()
+        (copied / MANIFEST).write_text(json.dumps(content))
+        return Datastore(copied)
+
+    return change
+
+
+def test_the_checksum_is_what_the_format_says(changed, memory):
+    assert len(changed("created_by", "another program")) == len(memory)
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 10**9])
+def test_a_newer_format_is_told_from_a_damaged_one(changed, version):
+    message = f"has format version {version}; this memlm reads up to {FORMAT_VERSION}: install a newer memlm"
+    with pytest.raises(FormatVersionError, match=message):
+        changed("format_version", version)
+
+
+PATHS = ["../000000", "/etc", "a/b", "..", "", "000000\n", "000000/../000000", "C:", "0\0", 7, None]
+FILES = ["../keys.safetensors", "/etc/passwd", ".hidden", "a/b.c", "keys", "keys.safetensors\n", ""]
+SUM = {"bytes": 1, "sha256": "0"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *[("segments/0/name", name) for name in PATHS],
+        *[("index", {"name": name, "files": {}, "details": {"kind": "faiss"}}) for name in PATHS],
+        *[
+            (name, KeyError)
+            for name in ("format", "version", "encoder", "keys", "segments", "index", "segments/0/files")
+        ],
+        ("segments/0/files/keys.safetensors", KeyError),
+        ("segments/0/files/keys.safetensors/bytes", "100"),
+        ("segments/0/files/keys.safetensors/sha256", 7),
+        ("segments/0/files/keys.safetensors/bytes", KeyError),
+        ("format", "another"),
+        ("format_version", "1"),
+        ("format_version", 0),
+        ("format_version", None),
+        ("surprise", 1),
+        ("version", 2),
+        ("version", -1),
+        ("version", True),
+        ("metric", "inner_product"),
+        ("encoder", "gpt2"),
+        ("encoder/sha256", None),
+        ("encoder/key_site", {}),
+        ("tokenizer/vocab_size", -1),
+        ("keys/dtype", "float64"),
+        ("keys/width", 31),
+        ("keys/width", 0),
+        ("keys/width", 10**30),
+        ("values/dtype", "uint32"),
+        ("segments", []),
+        ("segments", {}),
+        ("segments", [7]),
+        ("segments/1/name", "000000"),
+        ("segments/0/details/entries", -1),
+        ("segments/0/details/entries", 1),
+        ("segments/0/details/entries", 10**12),
+        ("segments/0/details/entries", 10**30),
+        ("segments/0/details/entries", 1.5),
+        ("segments/0/details/entries", "many"),
+        ("segments/0/details/documents", 10**12),
+        ("index", {}),
+        ("index", []),
+        ("index", {"name": "000002", "files": {}, "details": {}}),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(changed, path, value):
+    with pytest.raises(DatastoreCorrupt):
+        changed(path, value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_names_of_files_cannot_lead_out_of_the_folder(changed, memory, name):
+    files = {item: dict(value) for item, value in memory.manifest.segments[0].files.items()}
+    with pytest.raises(DatastoreCorrupt, match="unsafe file names in part '000000'"):
+        changed("segments/0/files", {**files, name: SUM})
+
+
+@pytest.mark.parametrize(
+    "details",
+    [{"kind": "annoy"}, {"kind": "faiss"}, {"kind": "faiss", "stores_keys": True, "nprobe": 1}],
+)
+def test_an_index_that_is_not_known_or_not_described_is_refused(changed, details):
+    with pytest.raises(IndexError_):
+        changed("index", {"name": "000002", "files": {}, "details": details})
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", "7", "[" * 100_000, '{"a":' * 100_000, "\ud800", "9" * 9999]
+)
+def test_what_is_no_manifest_at_all(copied, content):
+    (copied / MANIFEST).write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(
+        DatastoreCorrupt, match=rf"{MANIFEST} is not a sound manifest .*; restore it from a copy or build"
+    ):
+        Datastore(copied)
+
+
+def test_the_newest_manifest_counts(copied):
+    memory = Datastore(copied)
+    memory.build_index("Flat")
+    assert Datastore(copied).manifest.version == 2
+    memory.build_index("exact")
+    assert Datastore(copied).manifest.version == 3
+    assert Datastore(copied).index.details == {"kind": "exact"}
+    assert [Manifest.load(copied).version, memory.manifest.version] == [3, 3]
+
+
+def test_a_manifest_that_cannot_be_written_changes_nothing(copied, monkeypatch):
+    memory = Datastore(copied)
+    before = memory.manifest, memory.index
+    monkeypatch.setattr("memlm.datastore._manifest.write_json", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        memory.build_index("Flat")
+    assert (memory.manifest, memory.index) == before
+    assert Datastore(copied).manifest == before[0]
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path, memory):
+    note = tmp_path / "notes" / "segments" / "note.txt"
+    note.parent.mkdir(parents=True)
+    note.write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = sorted(memory.path.rglob("*"))
+    for path in (tmp_path / "notes", memory.path, tmp_path / "file"):
+        with pytest.raises(DatastoreError, match="exists already"):
+            Datastore.build(FakeEncoder(), random_documents(), path, show_progress=False)
+    assert note.read_text() == (tmp_path / "file").read_text() == "mine"
+    assert sorted(memory.path.rglob("*")) == before
+    with pytest.raises(DatastoreError, match="cannot be made"):
+        Datastore.build(FakeEncoder(), random_documents(), tmp_path / "file" / "memory", show_progress=False)
+
+
+def test_an_empty_folder_is_used(tmp_path):
+    assert len(Datastore.build(FakeEncoder(), random_documents(1), tmp_path, show_progress=False)) == 101
+
+
+def test_opening_what_is_no_datastore(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere", __file__):
+        with pytest.raises(DatastoreError, match="holds no datastore; `memlm build` makes one"):
+            Datastore(path)
