@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tiny_models import tiny_folder
 
 from memlm.cli import main
+from tiny_models import tiny_folder
 
 # Sentences of two kinds in three files each, so that a memory of one text helps on another.
 TEXTS = {

@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fake_encoder import FakeEncoder, random_documents
-from memlm import Datastore
+from memlm import Datastore, Document
 from memlm.datastore import FORMAT_VERSION, Manifest
+from memlm.datastore._manifest import Part
 from memlm.errors import DatastoreCorrupt, DatastoreError, FormatVersionError, IndexError_
 
 MANIFEST = "manifest-000001.json"
@@ -39,6 +43,15 @@ def changed(copied):
 
 def test_the_checksum_is_what_the_format_says(changed, memory):
     assert len(changed("created_by", "another program")) == len(memory)
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_is(copied):
+    data = (copied / MANIFEST).read_bytes()
+    for place in range(0, len(data), 5):
+        flipped = data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
+        (copied / MANIFEST).write_bytes(flipped)
+        with pytest.raises(DatastoreError):
+            Manifest.load(copied)
 
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 10**9])
@@ -87,7 +100,6 @@ SUM = {"bytes": 1, "sha256": "0"}
         ("segments", []),
         ("segments", {}),
         ("segments", [7]),
-        ("segments/1/name", "000000"),
         ("segments/0/details/entries", -1),
         ("segments/0/details/entries", 1),
         ("segments/0/details/entries", 10**12),
@@ -110,6 +122,37 @@ def test_names_of_files_cannot_lead_out_of_the_folder(changed, memory, name):
     files = {item: dict(value) for item, value in memory.manifest.segments[0].files.items()}
     with pytest.raises(DatastoreCorrupt, match="unsafe file names in part '000000'"):
         changed("segments/0/files", {**files, name: SUM})
+
+
+def test_a_segment_cannot_be_named_twice(changed, memory):
+    segment = asdict(memory.manifest.segments[0])
+    with pytest.raises(DatastoreCorrupt, match="names a segment twice"):
+        changed("segments", [segment, segment])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "message"),
+    [
+        ("entry_starts", [0, 10**9, 10**9, 69], "entry_starts that do not rise from 0 to"),
+        ("entry_starts", [-5, 10, 20, 69], "entry_starts that do not rise from 0 to"),
+        ("text_starts", [0, 10, 20, 10**9], "text_starts that do not rise from 0 to"),
+        ("values", np.zeros(69, np.int64), "holds other tensors than its manifest says"),
+        ("spans", np.zeros((69, 3), np.uint32), "holds other tensors than its manifest says"),
+        ("surprise", np.zeros(1, np.uint32), "holds other tensors than its manifest says"),
+    ],
+)
+def test_tensors_that_cannot_be_are_refused_though_their_checksum_is_right(tmp_path, tensor, value, message):
+    documents = [Document(name, "x" * length) for name, length in {"a": 20, "b": 29, "c": 20}.items()]
+    path = tmp_path / "memory"
+    Datastore.build(FakeEncoder(), documents, path, show_progress=False)
+    file = path / "segments" / "000000" / "entries.safetensors"
+    tensors = load_file(file)
+    assert tensors["entry_starts"].tolist() == [0, 20, 49, 69]
+    save_file({**tensors, tensor: np.asarray(value)}, file)
+    segment = Part.describe(path / "segments", "000000", {"entries": 69, "documents": 3})
+    replace(Manifest.load(path), segments=(segment,)).publish(path)
+    with pytest.raises(DatastoreCorrupt, match=message):
+        Datastore(path)
 
 
 @pytest.mark.parametrize(

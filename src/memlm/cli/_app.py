@@ -14,7 +14,6 @@ from . import _build, _demo, _doctor, _eval, _explain, _generate, _info, _overla
 
 app = typer.Typer(
     name="memlm",
-    help="Give a language model a memory outside its weights.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -31,16 +30,22 @@ app.command("demo")(_demo.demo)
 app.command("doctor")(_doctor.doctor)
 
 
-@app.callback()
-def _options(
-    debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error."),
-    version: bool = typer.Option(False, "--version", help="Show the version and leave."),
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         from .. import __version__
 
         typer.echo(f"memlm {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error."),
+    version: bool = typer.Option(
+        False, "--version", help="Show the version and leave.", is_eager=True, callback=_show_version
+    ),
+) -> None:
+    """Give a language model a memory outside its weights."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,8 +19,8 @@ from . import _common as common
 
 # Tests and other people's packages; "encodings" holds many tables that are nearly the same
 _LEFT_OUT = ("test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages", "pydoc_data")
-_SIZES = {"train": 850_000, "valid": 45_000, "test": 60_000}  # characters
-_FILE = 60_000  # characters taken of one file at most
+_SIZES = {"train": 800_000, "valid": 24_000, "test": 48_000}  # characters
+_FILE = {"train": 60_000, "valid": 4_000, "test": 4_000}  # characters taken of one file at most
 _SMALLEST = 1_000  # characters of a file that are worth taking
 _TUNED_TOKENS = 8_000
 _NEW_TOKENS = 48
@@ -74,7 +74,7 @@ def demo(
 
     say("4. generate: a continuation, with its sources")
     prompt, passage = _passage(splits["test"], lm)
-    text = write(lm, memory, tuning.mixture, prompt, _NEW_TOKENS, 0, stream=False, do_sample=False)
+    text = write(lm, memory, tuning.mixture, prompt, _NEW_TOKENS, 0, stream=False, do_sample=True, top_p=0.9)
     generated = explain(lm, text, memory, tuning.mixture, title="Generated text", generated_from=len(prompt))
     if not json:
         generated.print()
@@ -89,8 +89,11 @@ def demo(
         common.emit({"results": rows, "tuning": tuning.to_dict(), "generated": text}, "", True)
 
 
-def standard_library() -> dict[str, list[Document]]:
+def standard_library(scale: int = 1) -> dict[str, list[Document]]:
     """Return documents of train, valid and test: topics of Python's own documentation, and its sources, by file.
+
+    Args:
+        scale: Multiplies the sizes, for benchmarks.
 
     Raises:
         CorpusError: This Python has too few sources, as where its library lies in an archive or is compiled only.
@@ -98,11 +101,11 @@ def standard_library() -> dict[str, list[Document]]:
     root = Path(sysconfig.get_path("stdlib"))
     candidates = sorted([*_topics(), *_sources(root)], key=lambda item: (zlib.crc32(item.id.encode()), item.id))
     splits: dict[str, list[Document]] = {name: [] for name in _SIZES}
-    room = dict(_SIZES)
+    room = {name: size * scale for name, size in _SIZES.items()}
     for number, document in enumerate(candidates):
         name = ("test", "valid")[number % 10] if number % 10 < 2 else "train"
         if room[name] >= _SMALLEST:
-            text = _beginning(document.text, min(_FILE, room[name]))
+            text = _beginning(document.text, min(_FILE[name] * scale, room[name]))
             splits[name].append(Document(id=document.id, text=text))
             room[name] -= len(text)
     for name, documents in splits.items():

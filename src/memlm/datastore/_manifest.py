@@ -188,7 +188,7 @@ class Manifest:
             raise DatastoreError(f"{path} holds no datastore; `memlm build` makes one")
         file = path / max(found)[1]
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}")
             _check(content["format_version"], int, "format_version")

@@ -47,10 +47,11 @@ class SegmentWriter:
         text_starts = _write_documents(folder / "documents.jsonl", documents)
         values = value_type(vocab_size)
         layout: Layout = {
-            "values": (values, (self.entries,)),
-            "spans": ("U32", (self.entries, 2)),
+            # widest type first, so that every tensor is aligned
             "entry_starts": ("I64", (self.documents + 1,)),
             "text_starts": ("I64", (self.documents + 1,)),
+            "spans": ("U32", (self.entries, 2)),
+            "values": (values, (self.entries,)),
         }
         maps = create_tensors(folder / "entries.safetensors", layout)
         maps["entry_starts"][:] = np.concatenate([[0], np.cumsum(counts)])

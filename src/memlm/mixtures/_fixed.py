@@ -111,7 +111,7 @@ class KnnMixture:
             ConfigError: The file is missing, is no JSON, or holds other settings than these.
         """
         try:
-            values = json.loads(Path(path).read_text())
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise ConfigError(f"{path} does not exist; `memlm tune … --save {path}` makes one") from error
         except (OSError, ValueError) as error:

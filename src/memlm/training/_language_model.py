@@ -103,7 +103,7 @@ def _bind_to_recipe(recipe: Recipe, output: Path) -> None:
     path = output / "recipe.json"
     described = dataclasses.asdict(recipe)
     if path.exists():
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
         for key in ("train", "valid", "model"):
             if before[key] != described[key]:
                 raise ConfigError(f"{output} holds a run with {key} = {before[key]}; expected the same or a new folder")
@@ -118,7 +118,9 @@ def _tokenizer(recipe: Recipe, path: Path) -> PreTrainedTokenizerFast:
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B", special_tokens=[(END_OF_TEXT, 0)]
+        )
         trainer = trainers.BpeTrainer(
             vocab_size=recipe.model.vocab_size,
             special_tokens=[END_OF_TEXT],
@@ -149,7 +151,7 @@ def _tokens(paths: list[str], tokenizer: Any, cache: Path, show: bool) -> tuple[
             file.write(json.dumps({"bytes": size}).encode())
         with atomic_writer(cache) as file:
             np.save(file, np.concatenate(pieces))
-    return np.load(cache, mmap_mode="r"), json.loads(cache.with_suffix(".json").read_text())["bytes"]
+    return np.load(cache, mmap_mode="r"), json.loads(cache.with_suffix(".json").read_text(encoding="utf-8"))["bytes"]
 
 
 def _config(recipe: Recipe, tokenizer: Any) -> LlamaConfig:
@@ -249,7 +251,7 @@ def _save_checkpoint(path: Path, model: Any, optimizers: list[torch.optim.Optimi
 def _cut_log(path: Path, step: int) -> None:
     """Drop the losses of steps after the checkpoint: they will be taken again. A line may be broken by a kill."""
     rows: dict[int, str] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             rows[json.loads(line)["step"]] = line
         except json.JSONDecodeError:
@@ -275,7 +277,7 @@ def _publish(model: Any, tokenizer: Any, recipe: Recipe, summary: dict[str, Any]
     plain.load_state_dict(model.state_dict())
     plain.bfloat16().save_pretrained(staging)
     tokenizer.save_pretrained(staging)
-    rows = [json.loads(line) for line in (output / "losses.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (output / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
     plot_losses(rows, staging / "losses.png")
     write_card(staging / "README.md", recipe, summary)
     shutil.rmtree(output / "model", ignore_errors=True)

@@ -95,7 +95,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe from TOML; unknown keys are an error, and paths are relative to the file."""
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist; expected a recipe in TOML") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
