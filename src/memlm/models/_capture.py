@@ -109,6 +109,8 @@ def check_key_site(model: Any, site: KeySite) -> None:
     device = model.get_input_embeddings().weight.device
     ids = torch.randint(vocabulary, (1, 12), generator=generator).to(device)
     whole = forward_to_site(model, site, ids)
+    if not whole.isfinite().all():
+        raise ModelError(f"keys from {site.path} are NaN or infinite; check the model's weights and its dtype")
     decoder = find_decoder(model)
     with capture(model, site) as captured:
         first = decoder(input_ids=ids[:, :7], use_cache=True)

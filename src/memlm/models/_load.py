@@ -44,6 +44,11 @@ def load(
         return reference_lm(dtype=dtype, device=device, **settings)
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(f"device is {device!r}; expected cpu, or cuda where there is one ({reason})") from error
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
         raise ModelError(f"{name} holds no config.json; expected a folder made by save_pretrained")
     try:

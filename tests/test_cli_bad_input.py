@@ -1,0 +1,386 @@
+"""What a user may get wrong: one clear line on stderr, exit code 2, no traceback, and nothing left behind."""
+
+import errno
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from command_line import SETTINGS, TEXTS, make_world, run
+from memlm.datastore._manifest import content_sha256
+from memlm.files import file_sha256
+from tiny_models import tiny_folder, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working directory with a text to build from."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXTS["train/cats.txt"])
+    return tmp_path
+
+
+def tree(folder):
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refused(*command, place=None, left=()):
+    """Run a command that must be refused; return the one line that it prints."""
+    before = tree(place) if place else {}
+    result = run(*command)
+    assert (result.code, result.out) == (2, ""), result
+    lines = [line for line in result.err.splitlines() if not line.startswith(("reading keys: ", "tuning: "))]
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("memlm: ")
+    if place:
+        assert {name for name in tree(place).keys() - before.keys() if not name.startswith(left or "\0")} == set()
+    return lines[0]
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dtype", "int8"], "dtype is 'int8'; expected one of float32, bfloat16, float16, auto"),
+        (["--device", "cuda:99"], "device is 'cuda:99'; expected cpu, or cuda where there is one ("),
+        (["--device", "gpu"], "device is 'gpu'; expected cpu"),
+        (["--key-dtype", "int8"], "key type is 'int8'; expected one of float16, bfloat16"),
+        (["--context", "120", "--stride", "20"], "context 120 + stride 20 is longer than the 128 positions of tiny"),
+        (["--context", "129"], "is longer than the 128 positions of tiny; lower one of them"),
+        (["--context", "0"], "context 0 and stride 128: expected whole numbers of at least 1"),
+        (["--stride", "0"], "context 32 and stride 0: expected whole numbers of at least 1"),
+        (["--key-site", "model.layers.9"], "LlamaForCausalLM has no module 'model.layers.9' for a key site"),
+        (["--key-site", "model.norm:middle"], "ends in 'middle'; expected ':input' or ':output'"),
+        (["--index", "IVFx,Flat"], "FAISS does not take 'IVFx,Flat' for keys of width 32"),
+        (["--index", "PQ5"], "FAISS does not take 'PQ5' for keys of width 32"),
+    ],
+)
+def test_options_of_building(world, place, options, words):
+    assert words in refused("build", world.model, "text.txt", "-o", "memory", *options, place=place)
+
+
+def test_a_factory_that_needs_more_entries_leaves_exact_search(world, place):
+    kept = str(place / "memory")
+    line = refused("build", world.model, "text.txt", "-o", "memory", "--index", "IVF999,Flat", place=place, left=kept)
+    assert "FAISS cannot build 'IVF999,Flat' over 115 keys of width 32" in line
+    assert "memory was made, with exact search; remove it to build again" in line
+    assert run("eval", world.model, "memory", "text.txt", *SETTINGS).code == 0
+
+
+def broken_models(folder, model):
+    shutil.copytree(model, folder / "truncated")
+    os.truncate(folder / "truncated" / "model.safetensors", 5000)
+    shutil.copytree(model, folder / "without tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
+    (folder / "empty").mkdir()
+    (folder / "garbled").mkdir()
+    (folder / "garbled" / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("./nowhere", "cannot load a causal language model from './nowhere'"),
+        ("empty", "empty holds no config.json; expected a folder made by save_pretrained"),
+        ("truncated", "cannot load a causal language model from 'truncated'"),
+        ("without tokenizer", "cannot load a causal language model from 'without tokenizer'"),
+        ("garbled", "cannot load a causal language model from 'garbled'"),
+    ],
+)
+def test_models_that_cannot_be_loaded(world, place, name, words):
+    broken_models(place, world.model)
+    assert words in refused("build", name, "text.txt", "-o", "memory", place=place)
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_weights_that_are_nan(world, place, everywhere):
+    model = tiny_model("llama")
+    with torch.no_grad():  # one token's embedding, or a matrix that every token passes
+        token = tiny_tokenizer()("z")["input_ids"][0]
+        (model.model.layers[0].mlp.up_proj.weight if everywhere else model.model.embed_tokens.weight)[token % 32] = (
+            torch.nan
+        )
+        if not everywhere:
+            model.model.embed_tokens.weight.copy_(tiny_model("llama").model.embed_tokens.weight)
+            model.model.embed_tokens.weight[token] = torch.nan
+    model.save_pretrained(place / "nan")
+    tiny_tokenizer().save_pretrained(place / "nan")
+    (place / "text.txt").write_text("the cat was in the house. z. " * 9)
+    line = refused("build", "nan", "text.txt", "-o", "memory", place=place)
+    assert "NaN or infinite; check" in line
+    assert "weights and its dtype" in line
+
+
+def corpora(folder):
+    (folder / "empty").mkdir()
+    (folder / "blank").mkdir()
+    for number in range(3):
+        (folder / "blank" / f"{number}.txt").write_text("\n \n")
+    (folder / "binary.bin").write_bytes(b"\x7fELF\x00\x01" * 99)
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    (folder / "broken.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    (folder / "fields.jsonl").write_text('{"body": "one"}\n')
+    (folder / "same.jsonl").write_text('{"id": "a", "text": "one"}\n{"id": "a", "text": "two"}\n')
+    whole = gzip.compress(b'{"text": "the cat was in the house"}\n' * 999)
+    (folder / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.txt", "nowhere.txt does not exist; expected a file or a folder of text"),
+        ("empty", "no text was found in empty; expected at least one document"),
+        ("blank", "no text was found in blank (3 left out: no text or binary)"),
+        ("binary.bin", "binary.bin is not text (it holds NUL bytes); expected UTF-8 text or JSON lines"),
+        ("latin.txt", "latin.txt is not text (invalid UTF-8 at byte 3)"),
+        ("broken.jsonl", "broken.jsonl, line 2: not valid JSON"),
+        ("fields.jsonl", "fields.jsonl, line 1: expected a string under 'text'"),
+        ("same.jsonl", "two documents have the id 'a'; ids must be unique"),
+        ("cut.jsonl.gz", "cut.jsonl.gz could not be read after line"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["build", "eval"])
+def test_corpora_that_cannot_be_read(world, place, verb, name, words):
+    corpora(place)
+    command = ["build", world.model, name, "-o", "memory"]
+    if verb == "eval":
+        command = ["eval", world.model, world.memory, name, *SETTINGS]
+    assert words in refused(*command, place=place)
+
+
+def test_places_that_are_taken(world, place):
+    (place / "notes").mkdir()
+    (place / "notes" / "mine.txt").write_text("mine")
+    (place / "file").write_text("mine")
+    for output, words in [
+        (world.memory, "exists already; name a new folder, or remove it first"),
+        ("notes", "notes exists already (it holds mine.txt)"),
+        ("file", "file exists already, as a file; name a new folder"),
+        ("file/memory", "file/memory cannot be made (Not a directory); name another place"),
+    ]:
+        assert words in refused("build", world.model, "text.txt", "-o", output, place=place)
+
+
+def test_disk_full_while_building(world, place, monkeypatch):
+    def full(descriptor, start, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    line = refused("build", world.model, "text.txt", "-o", "memory", place=place)
+    assert "no space left for the datastore at memory (No space left on device); nothing of it was kept" in line
+
+
+def test_an_interrupted_build_leaves_nothing(world, place):
+    (place / "text.txt").write_text(TEXTS["train/cats.txt"] * 20_000)
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import memlm.__main__"
+    command = [sys.executable, "-c", code, "build", world.model, "text.txt", "-o", "memory"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not list(place.glob("memory/segments/*/keys.safetensors")):  # keys are being computed
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out, err) == (130, "", "memlm: interrupted\n")
+    assert not (place / "memory").exists()
+
+
+# --- opening a datastore ----------------------------------------------------------------------------------------------
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def newer(memory):
+    path = memory / "manifest-000001.json"
+    content = json.loads(path.read_text()) | {"format_version": 99}
+    path.write_text(json.dumps(content))
+
+
+KEYS = "segments/000000/keys.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda memory: os.truncate(memory / KEYS, 999), "keys.safetensors has 999 bytes; expected"),
+        (lambda memory: flip(memory / KEYS, -1), "keys.safetensors does not match its checksum"),
+        (
+            lambda memory: flip(memory / "segments/000000/documents.jsonl", 9),
+            "documents.jsonl does not match its checksum",
+        ),
+        (lambda memory: (memory / KEYS).unlink(), "keys.safetensors is missing; restore it from a copy or build again"),
+        (newer, "memory has format version 99; this memlm reads up to 1: install a newer memlm"),
+        (lambda memory: flip(memory / "manifest-000001.json", 99), "manifest-000001.json is not a sound manifest"),
+        (
+            lambda memory: (memory / "manifest-000001.json").unlink(),
+            "memory holds no datastore; `memlm build` makes one",
+        ),
+        (shutil.rmtree, "memory holds no datastore; `memlm build` makes one"),
+    ],
+    ids=["truncated", "flipped bit", "flipped text", "missing file", "newer", "manifest", "no manifest", "nothing"],
+)
+def test_datastores_that_cannot_be_opened(world, place, damage, words):
+    damage(shutil.copytree(world.memory, place / "memory"))
+    for command in (["info", "memory"], ["eval", world.model, "memory", "text.txt", *SETTINGS], ["doctor", "memory"]):
+        assert words in refused(*command, place=place)
+
+
+def test_doctor_finds_keys_that_were_changed_together_with_their_checksums(world, place):
+    memory = shutil.copytree(world.memory, place / "memory")
+    keys, manifest = memory / KEYS, memory / "manifest-000001.json"
+    for place in range(1, 2001, 2):  # the upper bytes of 1,000 numbers: signs and exponents
+        flip(keys, -place)
+        data = bytearray(keys.read_bytes())
+        data[-place] ^= 0x40
+        keys.write_bytes(data)
+    content = json.loads(manifest.read_text())
+    content.pop("sha256")
+    content["segments"][0]["files"]["keys.safetensors"]["sha256"] = file_sha256(keys)
+    manifest.write_text(json.dumps(content | {"sha256": content_sha256(content)}))
+    assert run("info", memory).code == 0, "the tampering is not consistent"
+    result = run("doctor", memory, "--model", world.model)
+    assert result.code == 1
+    assert result.out.endswith("problem: recomputed keys differ from the stored ones: other weights, or other code\n")
+    report = run("doctor", memory, "--model", world.model, "--json")
+    assert (report.code, len(json.loads(report.out)["problems"])) == (1, 1)
+
+
+@pytest.mark.parametrize("other", ["gpt2", "tokenizer", "shorter"])
+def test_another_model_is_refused_and_both_are_named(world, place, other):
+    tokenizer = "reversed" if other == "tokenizer" else "bytes"
+    folder = tiny_folder("gpt2" if other == "gpt2" else "llama", place / other, tokenizer=tokenizer)
+    if other == "shorter":
+        config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 64}
+        (folder / "config.json").write_text(json.dumps(config))
+    for command in (
+        ["eval", other, world.memory, "text.txt", *SETTINGS],
+        ["tune", other, world.memory, "text.txt"],
+        ["generate", other, world.memory, "The cat", *SETTINGS],
+        ["explain", other, world.memory, "The cat", *SETTINGS],
+        ["overlap", other, world.memory, "text.txt"],
+        ["doctor", world.memory, "--model", other],
+    ):
+        line = refused(*command, place=place)
+        assert "built with" in line
+        assert "tiny" in line
+        assert other in line
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--temperature", "10"], "λ and temperature are not known; pass --mixture FILE"),
+        (["--lambda", "0.5"], "λ and temperature are not known; pass --mixture FILE"),
+        (["--lambda", "1.5", "--temperature", "10"], "interpolation weight λ is 1.5; expected a number from 0"),
+        (["--lambda", "-0.1", "--temperature", "10"], "interpolation weight λ is -0.1"),
+        (["--lambda", "nan", "--temperature", "10"], "interpolation weight λ is nan"),
+        (["--lambda", "0.5", "--temperature", "0"], "temperature is 0.0; expected a positive number"),
+        (["--lambda", "0.5", "--temperature", "-3"], "temperature is -3.0; expected a positive number"),
+        (["--lambda", "0.5", "--temperature", "inf"], "temperature is inf; expected a positive number"),
+        (["--lambda", "0.5", "--temperature", "10", "--k", "0"], "k is 0; expected a whole number of neighbors"),
+        (["--lambda", "0.5", "--temperature", "10", "--k", "343"], "has 342 entries; expected at most so many"),
+        (["--mixture", "nowhere.json"], "nowhere.json does not exist; `memlm tune … --save nowhere.json` makes one"),
+        (["--mixture", "text.txt"], "text.txt cannot be read as JSON"),
+        (["--mixture", "other.json"], "other.json is not a saved kNN mixture"),
+        (["--mixture", "bad.json"], "temperature is 0.0; expected a positive number"),
+        (["--mixture", "."], ". cannot be read as JSON"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["eval", "generate", "explain"])
+def test_settings_of_the_mixture(world, place, verb, options, words):
+    (place / "other.json").write_text('{"kind": "cache"}')
+    (place / "bad.json").write_text('{"kind": "knn", "interpolation_weight": 0.5, "temperature": 0.0, "k": 8}')
+    assert words in refused(verb, world.model, world.memory, "text.txt", *options, place=place)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["tune", "MODEL", "MEMORY", "text.txt", "--max-k", "343"], "k is 343, but"),
+        (["tune", "MODEL", "MEMORY", "text.txt", "--max-k", "0"], "k is 0; expected 1 to 342"),
+        (["tune", "MODEL", "MEMORY", "text.txt", "--max-tokens", "0"], "max_tokens is 0; expected at least 1"),
+        (
+            ["tune", "MODEL", "MEMORY", "text.txt", "--save", "no/where.json"],
+            "no/where.json cannot be written: there is no",
+        ),
+        (["tune", "MODEL", "MEMORY", "text.txt", "--save", "."], ". is a folder; name a file in it"),
+        (["eval", "MODEL", "MEMORY", "text.txt", *SETTINGS, "--max-tokens", "-1"], "max_tokens is -1"),
+        (["overlap", "MODEL", "MEMORY", "text.txt", "--n", "0"], "n is 0; expected n-grams of at least 1 token"),
+        (["generate", "MODEL", "MEMORY", "", *SETTINGS], "the prompt is empty; give some text"),
+        (["generate", "MODEL", "MEMORY", "a\udcff", *SETTINGS], "the prompt is not valid UTF-8"),
+        (
+            ["generate", "MODEL", "MEMORY", "x" * 120, *SETTINGS],
+            "121 tokens of prompt and 60 new ones are more than the 128",
+        ),
+        (["generate", "MODEL", "MEMORY", "A", *SETTINGS, "--top-p", "0"], "top-p is 0.0; expected a share above 0"),
+        (["explain", "MODEL", "MEMORY", " \n", *SETTINGS], "the text is empty; give some text"),
+        (["explain", "MODEL", "MEMORY", "@nowhere", *SETTINGS], "nowhere does not exist; expected a file"),
+        (["explain", "MODEL", "MEMORY", "@.", *SETTINGS], ". is a folder; expected a file after @"),
+        (
+            ["explain", "MODEL", "MEMORY", "A", *SETTINGS, "--html", "a.pdf"],
+            "a.pdf ends in '.pdf'; expected .html or .htm",
+        ),
+        (["explain", "MODEL", "MEMORY", "A", *SETTINGS, "--html", "no/a.html"], "there is no folder no; make it first"),
+        (["doctor", "--model", "MODEL"], "--model is compared with the keys of a datastore; name that, too"),
+        (["train-lm", "nowhere.toml", "-o", "run"], "nowhere.toml does not exist; expected a recipe in TOML"),
+        (["train-lm", "text.txt", "-o", "run"], "text.txt is not valid TOML"),
+        (["train-lm", "short.toml", "-o", "text.txt"], "text.txt: File exists"),
+        (["demo", "--model", "MODEL", "-o", "."], ". holds short.toml, which no demo made; name a new folder"),
+        (["demo", "--model", "MODEL", "-o", "text.txt"], "text.txt: Not a directory"),
+    ],
+)
+def test_other_settings(world, place, command, words):
+    (place / "short.toml").write_text('train = ["text.txt"]\nvalid = ["text.txt"]')
+    names = {"MODEL": world.model, "MEMORY": world.memory}
+    assert words in refused(*(names.get(item, item) for item in command), place=place)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["frobnicate"],
+        ["info"],
+        ["info", "a", "b"],
+        ["eval", "m", "d", "t", "--k", "many"],
+        ["eval", "m", "d", "t", "--unknown"],
+        ["explain", "m", "d", "t", "--sources", "0"],
+        ["generate", "m", "d", "t", "--max-new-tokens", "0"],
+        ["doctor", "d", "--documents", "0"],
+        ["build", "m", "t"],
+    ],
+)
+def test_usage_errors(command):
+    result = run(*command)
+    assert (result.code, result.out) == (2, "")
+    assert "Usage: memlm" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_disk_that_fills_while_a_result_is_written(world, place, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    command = ["explain", world.model, world.memory, "The cat", *SETTINGS, "--html", "why.html"]
+    assert refused(*command, place=place) == "memlm: No space left on device"
