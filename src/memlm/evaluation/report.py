@@ -113,10 +113,10 @@ def plots(tuning: Tuning, evaluation: Evaluation, documents: list[Document]) -> 
     low, high = points.min() * 0.8, points.max() * 1.2
     right.plot([low, high], [low, high], color="0.4", ls="--", lw=1)
     ratio = points[:, 1] / points[:, 0]
-    for number, side in ((int(ratio.argmin()), (6, -10)), (int(ratio.argmax()), (6, 4))):
+    for number, side in ((int(ratio.argmin()), (-6, -10)), (int(ratio.argmax()), (-6, 4))):
         if number < len(documents):
             label = documents[number].id
-            right.annotate(label, points[number], fontsize=7, xytext=side, textcoords="offset points")
+            right.annotate(label, points[number], fontsize=7, ha="right", xytext=side, textcoords="offset points")
     right.set(
         xscale="log",
         yscale="log",
