@@ -57,3 +57,19 @@ def make_world(folder: Path) -> World:
     built = run("build", world.model, folder / "train", "--output", world.memory)
     assert built.code == 0, built.err
     return world
+
+
+def refused(*command, place=None, left="") -> str:
+    """Run a command that must be refused, and return the one line that it prints.
+
+    Nothing may be left in the folder `place` but what begins with `left`.
+    """
+    before = {str(path) for path in place.rglob("*")} if place else set()
+    result = run(*command)
+    assert (result.code, result.out) == (2, ""), result
+    lines = [line for line in result.err.splitlines() if not line.startswith(("reading keys: ", "tuning: "))]
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("memlm: ")
+    after = {str(path) for path in place.rglob("*")} if place else set()
+    assert not [name for name in after - before if not left or not name.startswith(left)]
+    return lines[0]

@@ -1,5 +1,6 @@
 """The command line, verb by verb, on a tiny model: results on stdout, everything else on stderr, exit codes."""
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import memlm
 from command_line import SETTINGS, TEXTS, make_world, run
 from memlm import Datastore, KnnMixture
 from memlm.cli._app import app
+from memlm.cli._common import say
 from memlm.evaluation import Explanation
 from test_training import RECIPE
 from tiny_models import tiny_model
@@ -247,6 +249,26 @@ def test_installed_as_a_program_and_as_a_module(world):
     shown = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "32 ? float16" in shown.stdout
+
+
+def test_long_lines_are_wrapped_at_a_space_on_a_terminal_only(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    text = f"method      number\nshort       1\n   {'many words ' * 9}end\n{'x' * 50}\n\n"
+    shown = []
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", stream)
+        say(text)
+        shown.append(stream.getvalue())
+    lines = shown[0].split("\n")
+    assert lines[:2] == text.split("\n")[:2], "a line that fits was changed"
+    assert all(len(line) <= 40 and line.startswith("   ") for line in lines[2:5])
+    assert " ".join(shown[0].split()) == " ".join(text.split())
+    assert lines[5:] == ["x" * 50, "", "", ""]
+    assert shown[1] == text + "\n"
 
 
 def test_debug_shows_the_traceback(world):

@@ -93,7 +93,7 @@ def test_documents_without_text_are_counted_and_left_out():
         assert corpus.skipped == {"b": "no text", "c": "no text"}
 
 
-@pytest.mark.parametrize("data", [b"\x89PNG\r\n\0\0", b"caf\xe9", b"\xff\xfeT\0"])
+@pytest.mark.parametrize("data", [b"\x89PNG\r\n\0\0", b"caf\xe9", b"\xff\xfeT\0", b"text\0text"])
 def test_a_binary_file_is_an_error_where_named_and_counted_in_a_folder(tmp_path, data):
     path = write(tmp_path / "folder" / "image.png", data)
     with pytest.raises(CorpusError, match=r"image\.png is not text .*; expected UTF-8 text or JSON lines"):

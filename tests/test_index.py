@@ -103,7 +103,7 @@ def test_distances_are_those_of_the_stored_keys(indexed, base, keys, queries, fa
     memory = indexed(factory)
     found, exact = memory.search(queries, 12), base.search(queries, 12)
     true = np.take_along_axis(brute_force(queries, keys), found.entries, axis=1)
-    np.testing.assert_allclose(found.distances[found.present], true[found.present], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found.distances[found.present], true[found.present], rtol=1e-5, atol=1e-5)
     assert (np.diff(found.distances, axis=1) >= 0).all()
     recall = _faiss.recall(found, exact)
     assert recall > (0.25 if factory in LOSSY else 0.85)

@@ -185,14 +185,20 @@ def test_the_newest_manifest_counts(copied):
     assert [Manifest.load(copied).version, memory.manifest.version] == [3, 3]
 
 
-def test_a_manifest_that_cannot_be_written_changes_nothing(copied, monkeypatch):
+def refused(*_):
+    raise OSError("disk")
+
+
+@pytest.mark.parametrize("place", ["memlm.datastore._manifest.write_json", "pathlib.Path.replace"])
+def test_a_manifest_that_cannot_be_written_changes_nothing(copied, monkeypatch, place):
     memory = Datastore(copied)
     before = memory.manifest, memory.index
-    monkeypatch.setattr("memlm.datastore._manifest.write_json", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    monkeypatch.setattr(place, refused)
     with pytest.raises(OSError, match="disk"):
         memory.build_index("Flat")
     assert (memory.manifest, memory.index) == before
     assert Datastore(copied).manifest == before[0]
+    assert not list(copied.glob(".*"))
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path, memory):

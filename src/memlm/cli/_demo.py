@@ -139,13 +139,16 @@ def _beginning(text: str, size: int) -> str:
 
 
 def _passage(documents: list[Document], lm: Any) -> tuple[str, Document]:
-    """Choose the middle of a test file: a few lines as a prompt, and some more to explain."""
-    document = max((item for item in documents if item.id.endswith(".py")), key=lambda item: len(item.text))
+    """Choose a few lines of a test file as a prompt, and a page of documentation (else more lines) to explain."""
+    sources = [item for item in documents if item.id.endswith(".py")]
+    document = max(sources, key=lambda item: item.text.count("\n    def "))
     lines = document.text.splitlines(keepends=True)
     third = len(lines) // 3
     middle = next((n for n in range(third, len(lines)) if lines[n].lstrip().startswith("def ")), third)
     first = max(0, middle - 6)
-    passage = Document(id=document.id, text="".join(lines[first : middle + 30]))
+    code = Document(id=document.id, text="".join(lines[first : middle + 30]))
+    pages = (Document(id=item.id, text=_beginning(item.text, 1_200)) for item in documents if item not in sources)
+    passage = next((page for page in pages if page.text.strip()), code)
     while True:  # the prompt must leave room for what follows
         prompt = "".join(lines[first : middle + 1]).rstrip()
         if first == middle or len(lm.tokenizer.tokenize(prompt)) < lm.positions - _NEW_TOKENS:

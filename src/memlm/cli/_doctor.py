@@ -91,7 +91,7 @@ def _recompute(memory: Any, model: str, count: int) -> dict[str, Any]:
             old = memory.gather_keys(rows.numpy() + first).float()
             new = keys.float().cpu()
             differences.append((old - new).norm(dim=1) / new.norm(dim=1).clamp_min(1e-12))
-    difference = torch.cat(differences)
+    difference = torch.cat(differences).nan_to_num(nan=torch.inf).clamp_max(1e9)  # JSON has no infinity
     return {
         "recomputed": len(difference),
         "median_relative_difference": float(difference.median()),

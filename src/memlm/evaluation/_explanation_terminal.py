@@ -79,7 +79,7 @@ def _summary(explanation: Explanation) -> Text:
 
 def _legend(plain: bool) -> Text:
     if plain:
-        return Text("⟦from memory⟧   ¹ note below")
+        return Text("⟦from memory⟧   ¹ note")
     return Text.assemble(
         ("from memory", "underline"),
         "   made ",
@@ -89,7 +89,7 @@ def _legend(plain: bool) -> Text:
         "more likely   ",
         (" ×2 ", _STYLES[-2]),
         (" ×4 ", _STYLES[-3]),
-        " less likely   ¹ note below",
+        " less likely   ¹ note",
     )
 
 

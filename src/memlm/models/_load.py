@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from ..errors import ConfigError, ModelError
 from ._language_model import LanguageModel
 
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
 
@@ -49,6 +51,8 @@ def load(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(f"device is {device!r}; expected cpu, or cuda where there is one ({reason})") from error
+    if not Path(name).is_dir() and not _HUB_NAME.fullmatch(str(name)):
+        raise ModelError(f"there is no folder {name}; expected one made by save_pretrained, or a name on the hub")
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
         raise ModelError(f"{name} holds no config.json; expected a folder made by save_pretrained")
     try:
@@ -69,8 +73,8 @@ def load(
     missing = sorted(loading["missing_keys"])  # transformers draws these at random and goes on
     if missing:
         raise ModelError(
-            f"{str(name)!r} lacks {len(missing)} of the weights of a {type(model).__name__} ({', '.join(missing[:3])}); "
-            "expected a causal language model saved with its head"
+            f"{str(name)!r} lacks {len(missing)} of the weights of a {type(model).__name__} "
+            f"({', '.join(missing[:3])}); expected a causal language model saved with its head"
         )
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return LanguageModel(model, tokenizer, Path(name).name if Path(name).is_dir() else str(name), **settings)
