@@ -175,3 +175,11 @@ def test_a_file_name_that_is_not_utf8_gives_an_id_that_can_be_printed(tmp_path):
     write(tmp_path / name, b"text")
     assert [item.id for item in Corpus(tmp_path)] == ["caf\ufffd.txt"]
     assert describe(tmp_path / name).endswith("caf\ufffd.txt")
+
+
+def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(folder)
+    assert [document.id for document in Corpus([tmp_path / "a", str(tmp_path / "b")])] == ["a/x.txt", "b/x.txt"]
+    assert [document.id for document in Corpus([tmp_path / "a"])] == ["x.txt"]

@@ -177,3 +177,10 @@ def test_identity_names_the_key_site_and_windows():
     assert identity["windows"] == {"context": 9, "stride": 4}
     assert identity["tokenizer"]["vocab_size"] == VOCAB_SIZE
     json.dumps(identity)
+
+
+def test_encoder_fingerprint_differs_by_settings_that_change_the_keys() -> None:
+    plain, other = (tiny_model("llama").base_model for _ in range(2))
+    assert encoder_fingerprint(plain) == encoder_fingerprint(other)
+    other.config.rope_parameters = {**other.config.rope_parameters, "rope_theta": 5.0}
+    assert encoder_fingerprint(plain) != encoder_fingerprint(other)

@@ -22,7 +22,7 @@ class Document:
     """One text with its name.
 
     Attributes:
-        id: Unique within a corpus; the relative path for files in a folder.
+        id: Unique within a corpus; the relative path for files in a folder, after its name where there are several.
         text: The whole text.
         metadata: Anything that JSON can hold.
     """
@@ -87,9 +87,12 @@ def _read(source: Any, skipped: dict[str, str]) -> Iterator[Document]:
     elif isinstance(source, Mapping):
         raise CorpusError("a single mapping is not a corpus; pass a list of mappings, or one split of a dataset")
     elif isinstance(source, Iterable):
+        several = isinstance(source, (list, tuple)) and len(source) > 1
         for number, item in enumerate(source):
             if isinstance(item, Mapping):
                 yield _from_mapping(item, f"row {number}", str(number))
+            elif several and isinstance(item, (str, Path)):
+                yield from _read_path(Path(item), skipped, prefix=f"{Path(item).name}/")
             else:
                 yield from _read(item, skipped)
     else:
@@ -105,7 +108,8 @@ def _without_surrogates(text: str) -> str:
     return text
 
 
-def _read_path(path: Path, skipped: dict[str, str]) -> Iterator[Document]:
+def _read_path(path: Path, skipped: dict[str, str], prefix: str = "") -> Iterator[Document]:
+    """Read a file or a folder; `prefix` keeps files of the same name in several folders apart."""
     try:
         is_folder = path.is_dir()
     except OSError as error:  # a whole text in the place of a path is too long a name
@@ -114,7 +118,7 @@ def _read_path(path: Path, skipped: dict[str, str]) -> Iterator[Document]:
         for file in sorted(path.rglob("*")):
             relative = file.relative_to(path)
             if file.is_file() and not any(part.startswith(".") for part in relative.parts):
-                name = _without_surrogates(relative.as_posix())
+                name = _without_surrogates(prefix + relative.as_posix())
                 try:
                     yield from _read_file(file, name)
                 except _BinaryFile as error:

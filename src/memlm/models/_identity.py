@@ -7,18 +7,27 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
 
+# Settings that change what the same weights compute. Others (names, dropout, versions) must not part a model from its
+# datastore, so the configuration is not hashed whole.
+_SETTINGS = (
+    "activation_function alibi attention_multiplier attn_logit_softcapping embedding_multiplier head_dim hidden_act "
+    "hidden_activation layer_norm_eps layer_norm_epsilon layer_types model_type new_decoder_architecture "
+    "num_attention_heads num_experts_per_tok num_key_value_heads parallel_attn partial_rotary_factor "
+    "query_pre_attn_scalar residual_multiplier rms_norm_eps rope_parameters sliding_window use_parallel_residual "
+    "use_sliding_window window_size"
+).split()
 _SAMPLE = 1024  # values hashed of each parameter: enough to notice any training step, at any model size
 
 
-def encoder_fingerprint(decoder: nn.Module) -> str:
-    """Hash the names, shapes and a sample of the values of every parameter below the output embedding.
+def encoder_fingerprint(decoder: Any) -> str:
+    """Hash the names, shapes and a sample of the values of every parameter below the output embedding, and settings.
 
     Values are rounded to bfloat16 first, so that a model loaded in float32 and in bfloat16 has one fingerprint. In
     float16 it may have another: its weights are then rounded twice, or out of range.
     """
-    digest = hashlib.sha256()
+    settings = {name: getattr(decoder.config, name, None) for name in _SETTINGS}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, parameter in sorted(decoder.named_parameters()):
         flat = parameter.detach().flatten()
         step = max(1, flat.numel() // _SAMPLE)
