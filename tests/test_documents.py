@@ -177,7 +177,7 @@ def test_a_file_name_that_is_not_utf8_gives_an_id_that_can_be_printed(tmp_path):
     assert describe(tmp_path / name).endswith("caf\ufffd.txt")
 
 
-def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path: Path) -> None:
+def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.txt").write_text(folder)

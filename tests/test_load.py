@@ -179,7 +179,7 @@ def test_identity_names_the_key_site_and_windows():
     json.dumps(identity)
 
 
-def test_encoder_fingerprint_differs_by_settings_that_change_the_keys() -> None:
+def test_encoder_fingerprint_differs_by_settings_that_change_the_keys():
     plain, other = (tiny_model("llama").base_model for _ in range(2))
     assert encoder_fingerprint(plain) == encoder_fingerprint(other)
     other.config.rope_parameters = {**other.config.rope_parameters, "rope_theta": 5.0}

@@ -90,7 +90,7 @@ def test_a_run(finished, recipe):
     valid = summary["valid"]["valid"]
     assert valid["nats_per_token"] == rows[-1]["valid"]["valid"]
     text = Path(recipe.valid[0]).read_text()
-    tokens = len(memlm.load(output / "model", device="cpu").tokenizer(text)["input_ids"]) + 1
+    tokens = len(memlm.load(output / "model", device="cpu").tokenizer(text)["input_ids"])  # the start is one
     assert valid["bits_per_byte"] == pytest.approx(valid["nats_per_token"] * tokens / len(text) / math.log(2))
 
 
@@ -104,7 +104,8 @@ def test_the_published_model_loads_and_writes(finished):
     ids = lm.tokenizer("the cat", return_tensors="pt")
     written = lm.model.generate(**ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
     assert written.shape[1] == ids["input_ids"].shape[1] + 5
-    assert lm.tokenizer.decode(lm.tokenizer("a 1890 ünder\n")["input_ids"]) == "a 1890 ünder\n"
+    assert ids["input_ids"][0, 0] == lm.tokenizer.bos_token_id, "text begins where a document begins"
+    assert lm.tokenizer.decode(lm.tokenizer("a 1890 ünder\n")["input_ids"][1:]) == "a 1890 ünder\n"
     assert lm.tokenizer.tokenize("1890") == ["1", "8", "9", "0"]
     card = (output / "model" / "README.md").read_text()
     assert "made up" in card

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -90,10 +90,8 @@ def forward_to_site(model: nn.Module, site: KeySite, input_ids: Tensor, **kwargs
     """
     decoder = find_decoder(model)
     with capture(model, site, stop=True) as captured:
-        try:
+        with suppress(_Stop):
             decoder(input_ids=input_ids, **({"use_cache": False} | kwargs))
-        except _Stop:
-            pass
         return keys_of(captured, site, *input_ids.shape)
 
 

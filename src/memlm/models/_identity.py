@@ -10,13 +10,34 @@ import torch
 
 # Settings that change what the same weights compute. Others (names, dropout, versions) must not part a model from its
 # datastore, so the configuration is not hashed whole.
-_SETTINGS = (
-    "activation_function alibi attention_multiplier attn_logit_softcapping embedding_multiplier head_dim hidden_act "
-    "hidden_activation layer_norm_eps layer_norm_epsilon layer_types model_type new_decoder_architecture "
-    "num_attention_heads num_experts_per_tok num_key_value_heads parallel_attn partial_rotary_factor "
-    "query_pre_attn_scalar residual_multiplier rms_norm_eps rope_parameters sliding_window use_parallel_residual "
-    "use_sliding_window window_size"
-).split()
+_SETTINGS = [
+    "activation_function",
+    "alibi",
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "embedding_multiplier",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "layer_types",
+    "model_type",
+    "new_decoder_architecture",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "num_key_value_heads",
+    "parallel_attn",
+    "partial_rotary_factor",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+    "use_parallel_residual",
+    "use_sliding_window",
+    "window_size",
+]
 _SAMPLE = 1024  # values hashed of each parameter: enough to notice any training step, at any model size
 
 

@@ -1,7 +1,7 @@
 """Key sites: where in a model the keys are read.
 
-The default is the input of the last feed-forward layer, after its normalization (Khandelwal et al. 2020, table 5). Where
-attention and feed-forward run in parallel that tensor has not seen the last attention, and the output of the final
+The default is the input of the last feed-forward layer, after its normalization (Khandelwal et al. 2020, table 5).
+Where attention and feed-forward run in parallel that tensor has not seen the last attention, and the output of the final
 norm is used instead.
 """
 
@@ -107,7 +107,7 @@ def _last_ffn_input(model: Any, feed_forward: str | None, note: str) -> KeySite:
     stacks = {path: item for path, item in decoder.named_modules() if isinstance(item, nn.ModuleList) and len(item)}
     if not stacks:
         raise UnsupportedArchitecture(
-            f"{type(model).__name__} has no list of layers; name the key site yourself, e.g. key_site='final_norm_output'"
+            f"{type(model).__name__} has no list of layers; name the key site yourself, such as 'final_norm_output'"
         )
     # a list inside another is one of experts, and may be longer than that of the layers
     inner = {path for path in stacks for other in stacks if path.startswith(f"{other}.")}

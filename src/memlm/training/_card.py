@@ -46,7 +46,7 @@ It writes recognizable English and knows little: it is a subject for experiments
 |---|---|
 | parameters | {summary["parameters"]:,} ({shape.num_hidden_layers} layers, width {shape.hidden_size}, \
 feed-forward {shape.intermediate_size}, {shape.num_attention_heads} heads, tied embeddings) |
-| tokenizer | byte-level BPE, {shape.vocab_size:,} tokens, digits one by one; `<|endoftext|>` begins and ends a document |
+| tokenizer | byte-level BPE, {shape.vocab_size:,} tokens, single digits; `<|endoftext|>` begins and ends a document |
 | context | trained on blocks of {schedule.block} tokens |
 | data | {", ".join(Path(item).name for item in recipe.train)}: {summary["train_tokens"]:,} tokens |
 | license of the data | {recipe.license} |

@@ -11,7 +11,6 @@ from typing import Any
 
 from ..errors import ConfigError
 
-
 # What TOML may give for a field of a type; `type` and not `isinstance`, for which true is a whole number.
 _TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "list[str]": (list,)}
 
