@@ -40,7 +40,7 @@ def place(tmp_path, monkeypatch):
         (["--device", "gpu"], "device is 'gpu'; expected cpu"),
         (["--key-dtype", "int8"], "key type is 'int8'; expected one of float16, bfloat16"),
         (["--context", "120", "--stride", "20"], "context 120 + stride 20 is longer than the 128 positions of tiny"),
-        (["--context", "129"], "is longer than the 128 positions of tiny; lower one of them"),
+        (["--context", "129"], "context 129 leaves no room for a stride in 128 positions"),
         (["--context", "0"], "context 0 and stride 128: expected whole numbers of at least 1"),
         (["--stride", "0"], "context 32 and stride 0: expected whole numbers of at least 1"),
         (["--key-site", "model.layers.9"], "LlamaForCausalLM has no module 'model.layers.9' for a key site"),

@@ -3,11 +3,12 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from memlm import KnnMixture, evaluate, tune
 from memlm.errors import ConfigError, CorpusError, DatastoreMismatch
-from memlm.evaluation import tune_report
+from memlm.evaluation import _retrieval, tune_report
 from memlm.evaluation._retrieval import Text
 from memlm.models import LanguageModel
 from tiny_memories import TEXTS, bare_tokenizer, documents, lm_of, store
@@ -84,6 +85,15 @@ def test_cut_after_a_number_of_tokens(lm, memory):
     assert result.results[0].tokens == len(result.targets) == 7
     with pytest.raises(ConfigError, match="max_tokens is 0"):
         evaluate(lm, documents(NEW), memory, MIXTURE, max_tokens=0, show_progress=False)
+
+
+def test_long_texts_are_scored_group_by_group(lm, memory, monkeypatch):
+    whole = evaluate(lm, documents(NEW), memory, MIXTURE, show_progress=False)
+    monkeypatch.setattr(_retrieval, "_GROUP", 20)  # tokens; a document is never divided
+    parts = evaluate(lm, documents(NEW), memory, MIXTURE, show_progress=False)
+    assert parts.targets.tolist() == whole.targets.tolist()
+    assert np.allclose(parts.lm_log_probs, whole.lm_log_probs, atol=1e-5)
+    assert np.allclose(parts.log_probs, whole.log_probs, atol=1e-4)
 
 
 def test_documents_of_one_token(lm, memory, tmp_path):

@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from memlm.errors import ConfigError
-from memlm.evaluation._explanation import ExplainedToken, Explanation, Source, Stretch, printable
+from memlm.evaluation._explanation import ExplainedToken, Explanation, Source, Stretch
 from memlm.evaluation._explanation_html import explanation_page
 from memlm.evaluation._explanation_terminal import percent
+from memlm.text import printable
 
 HOSTILE = "</script><script>alert(1)</script><!-- <b onclick='x'>&amp; [bold red]x[/] __DATA__ \u2028\u2029"
 

@@ -22,7 +22,7 @@ class Document:
     """One text with its name.
 
     Attributes:
-        id: Unique within a corpus; the relative path for files in a folder, after its name where there are several.
+        id: Unique within a corpus; for a file in a folder its path, relative to it or as given with others.
         text: The whole text.
         metadata: Anything that JSON can hold.
     """
@@ -92,7 +92,7 @@ def _read(source: Any, skipped: dict[str, str]) -> Iterator[Document]:
             if isinstance(item, Mapping):
                 yield _from_mapping(item, f"row {number}", str(number))
             elif several and isinstance(item, (str, Path)):
-                yield from _read_path(Path(item), skipped, prefix=f"{Path(item).name}/")
+                yield from _read_path(Path(item), skipped, prefix=f"{Path(item).as_posix()}/")
             else:
                 yield from _read(item, skipped)
     else:

@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from ..text import printable
 from . import _build, _demo, _doctor, _eval, _explain, _generate, _info, _overlap, _train_lm, _tune
 
 app = typer.Typer(
@@ -73,4 +74,4 @@ def _reason(error: Exception) -> str:
     """Return an error's message in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    return " ".join(printable(str(error)).split())

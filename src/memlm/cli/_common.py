@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, ModelError
+from ..text import printable
 
 if TYPE_CHECKING:
     from ..datastore import Datastore
@@ -156,7 +157,8 @@ def emit(value: dict[str, Any], text: str, as_json: bool) -> None:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print lines; on a terminal, long ones are wrapped at a space."""
+    """Print lines; on a terminal, long ones are wrapped at a space. What a datastore's maker wrote may be in them."""
+    text = printable(text)
     if (sys.stderr if err else sys.stdout).isatty():
         width = shutil.get_terminal_size().columns
         indented = [(line, line[: len(line) - len(line.lstrip())]) for line in text.split("\n")]

@@ -75,7 +75,9 @@ def demo(
     say("4. generate: a continuation, with its sources")
     prompt, passage = _passage(splits["test"], lm)
     text = write(lm, memory, tuning.mixture, prompt, _NEW_TOKENS, 0, stream=False, do_sample=True, top_p=0.9)
-    generated = explain(lm, text, memory, tuning.mixture, title="Generated text", generated_from=len(prompt))
+    generated = explain(
+        lm, text, memory, tuning.mixture, title="Generated text", generated_from=len(prompt), leave_out_own=False
+    )
     if not json:
         generated.print()
 

@@ -36,7 +36,9 @@ def generate(
 
     options: dict[str, Any] = {"do_sample": True, "top_p": top_p} if sample else {"do_sample": False}
     text = write(lm, memory, settings, prompt, max_new_tokens, seed, stream=not json, **options)
-    explanation = explain(lm, text, memory, settings, title="Generated text", generated_from=len(prompt))
+    explanation = explain(
+        lm, text, memory, settings, title="Generated text", generated_from=len(prompt), leave_out_own=False
+    )
     if json:
         common.emit({"text": text, "explanation": explanation.to_dict()}, "", True)
     elif sources:
@@ -49,11 +51,11 @@ def write(
 ) -> str:
     """Generate a continuation and return the whole text; with `stream`, print it to stdout as it comes."""
     import torch
-    from transformers import TextStreamer
 
     from ..models import attach
+    from ._stream import PrintableStreamer
 
-    ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = lm.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if lm.tokenizer.bos_token_id is not None:
         ids = [lm.tokenizer.bos_token_id, *ids]
     if len(ids) + max_new_tokens > lm.positions:
@@ -63,7 +65,7 @@ def write(
         )
     inputs = torch.tensor([ids], device=lm.device)
     if stream:
-        options["streamer"] = TextStreamer(lm.tokenizer, skip_prompt=False, skip_special_tokens=True)
+        options["streamer"] = PrintableStreamer(lm.tokenizer, skip_prompt=False, skip_special_tokens=True)
     torch.manual_seed(seed)
     with attach(lm.model, memory, settings):
         output = lm.model.generate(
@@ -73,4 +75,6 @@ def write(
             pad_token_id=lm.tokenizer.eos_token_id,
             **options,
         )
-    return prompt + lm.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    # decoded as a whole and cut: some tokenizers drop the space at the beginning of what they decode
+    whole, head = (lm.tokenizer.decode(part, skip_special_tokens=True) for part in (output[0], ids))
+    return prompt + whole[len(head) :]

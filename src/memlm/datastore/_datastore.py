@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ShapeError
+from ..errors import ConfigError, DatastoreCorrupt, ShapeError
 from ..index import Index, build_index, check_factory, open_index
 from ..neighbors import Neighbors
 from ._build import Encoder, build_segments
@@ -67,6 +67,8 @@ class Datastore:
         self._segments = [Segment(self.path / "segments", part, **settings) for part in self.manifest.segments]
         self._starts = np.cumsum([0] + [segment.entries for segment in self._segments])  # first entry of each segment
         self.values = np.concatenate([segment.values for segment in self._segments])
+        if self.values.max() >= self.manifest.tokenizer["vocab_size"]:
+            raise DatastoreCorrupt(f"{self.path} holds token ids outside its vocabulary; build again")
         self.index: Index = open_index(self, self.path / "index", self.manifest.index, verify=verify)
 
     @classmethod
@@ -179,15 +181,20 @@ class Datastore:
             raise ShapeError("queries hold NaN or infinite numbers; check the model's weights and its dtype")
         queries = np.ascontiguousarray(queries, np.float32)
         if exclude is None or not len(queries):
-            return self.index.search(queries, k, (0, 0)) if len(queries) else Neighbors.empty(0, k)
+            return self._checked(self.index.search(queries, k, (0, 0))) if len(queries) else Neighbors.empty(0, k)
         ranges, group = np.unique(exclude, axis=0, return_inverse=True)
         result = Neighbors.empty(len(queries), k)
         for number, (first, stop) in enumerate(ranges):
             mine = np.flatnonzero(group.ravel() == number)
-            found = self.index.search(queries[mine], k, (int(first), int(stop)))
+            found = self._checked(self.index.search(queries[mine], k, (int(first), int(stop))))
             for whole, part in zip(result, found, strict=True):
                 whole[mine] = part
         return result
+
+    def _checked(self, found: Neighbors) -> Neighbors:
+        if found.entries.max(initial=0) >= len(self):
+            raise DatastoreCorrupt(f"the index of {self.path} names entries that do not exist; rebuild it")
+        return found
 
     def lookup(
         self, queries: npt.NDArray[np.float32], k: int, exclude: npt.NDArray[np.int64] | None = None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ class Manifest:
         """Raise ValueError where a value has the right type but cannot be."""
         if self.version != version:
             raise ValueError(f"its version is {self.version}, its name says {version}")
+        datetime.fromisoformat(self.created)
         if self.metric != "squared_l2":
             raise ValueError(f"its metric is {self.metric!r}; expected 'squared_l2'")
         if self.keys["dtype"] not in ("float16", "bfloat16") or not 0 < self.keys["width"] < 1 << 31:

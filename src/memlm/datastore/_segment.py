@@ -165,10 +165,19 @@ class Segment:
         start, stop = self._text_starts[number], self._text_starts[number + 1]
         with (self.folder / "documents.jsonl").open("rb") as file:
             file.seek(start)
-            return json.loads(file.read(stop - start))
+            return self._parsed(file.read(stop - start))
 
     @cached_property
     def content(self) -> dict[str, int]:
         """Content hash of every document → its number."""
         with (self.folder / "documents.jsonl").open("rb") as file:
-            return {json.loads(line)["sha256"]: number for number, line in enumerate(file)}
+            return {self._parsed(line)["sha256"]: number for number, line in enumerate(file)}
+
+    def _parsed(self, line: bytes) -> dict[str, Any]:
+        try:
+            document = json.loads(line)
+            if all(isinstance(document[name], str) for name in ("id", "sha256", "text")) and "metadata" in document:
+                return document
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        raise DatastoreCorrupt(f"{self.folder / 'documents.jsonl'} holds a line that is no document; build again")

@@ -14,6 +14,7 @@ from ..documents import Document
 from ..mixtures import KnnMixture
 from ..models import LanguageModel
 from ._explanation import ExplainedToken, Explanation, Source
+from ._retrieval import check_same
 
 
 def explain(
@@ -25,6 +26,7 @@ def explain(
     sources: int = 5,
     title: str = "",
     generated_from: int | None = None,
+    leave_out_own: bool = True,
 ) -> Explanation:
     """Explain every token of a text.
 
@@ -36,15 +38,17 @@ def explain(
         sources: Neighbors shown a token, the heaviest first; as many again that agree with the text.
         title: Shown above the text.
         generated_from: Character offset at which text written by the model begins; None if none was.
+        leave_out_own: Where this very text is stored, leave its entries out of the neighbors. False for text that was
+            generated: it was written with every document at hand.
 
     Raises:
         DatastoreMismatch: The datastore was built with another model, tokenizer or key site.
     """
-    memory.manifest.check_bound(lm.identity)
+    check_same(lm, memory)
     tokenized = lm.tokenize(Document(id="text", text=text))
     length = len(tokenized.ids)
     explained: list[ExplainedToken | None] = [None] * max(0, length - 1)
-    own = np.array([memory.document_range(text)])
+    own = np.array([memory.document_range(text) if leave_out_own else (0, 0)])
     for batch in lm.score([tokenized.ids]):
         queries = batch.keys.float().cpu().numpy()
         found = memory.search(queries, mixture.k, own.repeat(len(queries), axis=0) if own.any() else None)

@@ -6,7 +6,8 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from ._explanation import STEPS, Explanation, printable
+from ..text import printable
+from ._explanation import STEPS, Explanation
 
 # Inside a script element `<` could end it or open a comment, and old parsers take the two separators for line ends.
 _ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}

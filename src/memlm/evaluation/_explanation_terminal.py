@@ -10,7 +10,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from ._explanation import Explanation, Source, printable
+from ..text import printable
+from ._explanation import Explanation, Source
 
 _FOOTNOTES = 8
 _DOCUMENTS = 8

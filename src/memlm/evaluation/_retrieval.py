@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,18 @@ class Text:
         return np.repeat(np.arange(len(self.ids)), [len(ids) - 1 for ids in self.ids])
 
 
+def check_same(lm: LanguageModel, memory: Datastore) -> None:
+    """Refuse a model that did not make the datastore; warn where it is fed in other windows."""
+    memory.manifest.check_bound(lm.identity)
+    if lm.identity["windows"] != memory.manifest.windows:
+        warnings.warn(
+            f"the datastore was built with windows {memory.manifest.windows}, the model now runs with "
+            f"{lm.identity['windows']}: keys of the same text differ a little; load the model with the same context "
+            "and stride",
+            stacklevel=3,
+        )
+
+
 def retrieve(
     lm: LanguageModel,
     text: Text,
@@ -116,7 +129,7 @@ def retrieve(
         show_progress: Show rate and time left on stderr.
         description: What to call the work there.
     """
-    memory.manifest.check_bound(lm.identity)
+    check_same(lm, memory)
     own = np.array([memory.document_range(item) if leave_out_own else (0, 0) for item in text.texts]).reshape(-1, 2)
     owners = text.document_of_target
     with progress(description, text.tokens, show=show_progress) as advance:

@@ -178,7 +178,7 @@ def memory_probabilities(cached: Retrieved, ks: list[int], temperature: float, b
 
 
 def best_weight(ratio: Tensor, steps: int = 40) -> float:
-    """Return the λ in [0, 1] that maximizes Σ log(1 + λ (r − 1)), r = p_kNN / p_LM; the sum is concave in λ.
+    """Return the λ in [0, 1 − 10⁻⁴] that maximizes Σ log(1 + λ (r − 1)), r = p_kNN / p_LM; the sum is concave in λ.
 
     Example:
         >>> best_weight(torch.tensor([2.0, 0.0])), best_weight(torch.tensor([0.5]))
@@ -189,13 +189,14 @@ def best_weight(ratio: Tensor, steps: int = 40) -> float:
     def slope(weight: float) -> float:
         return float((excess / (1 + weight * excess).clamp_min(1e-12)).sum())
 
+    # λ = 1 would make a token that the memory lacks impossible; held-out text may not hold one such by chance
     if slope(0.0) <= 0:
         return 0.0
-    low, high = 0.0, 1.0
+    low, high = 0.0, 1.0 - 1e-4
     for _ in range(steps):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-    return (low + high) / 2 if high < 1.0 else low
+    return (low + high) / 2
 
 
 def _finite(value: float) -> float | None:

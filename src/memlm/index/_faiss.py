@@ -46,6 +46,10 @@ class FaissIndex:
             self._faiss = faiss.read_index(str(folder / part.name / "index.faiss"))
             if self._faiss.ntotal != len(keys) or self._faiss.d != keys.width:
                 raise ValueError(f"it holds {self._faiss.ntotal} keys of width {self._faiss.d}")
+            ivf = faiss.try_extract_index_ivf(self._faiss)
+            lists = ivf.invlists if ivf is not None else None
+            if lists is not None and isinstance(faiss.downcast_InvertedLists(lists), faiss.OnDiskInvertedLists):
+                raise ValueError("its lists lie in another file, which no checksum covers")
             _set_nprobe(self._faiss, nprobe)
         except (RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
             where = folder / part.name
@@ -104,8 +108,14 @@ def propose(index: Any, queries: npt.NDArray[np.float32], k: int, exclude: tuple
     if ivf is not None and isinstance(faiss.downcast_index(index), faiss.IndexIVF):
         allowed = faiss.IDSelectorNot(faiss.IDSelectorRange(exclude[0], exclude[1]))
         parameters: Any = faiss.SearchParametersIVF
-        distances, rows = index.search(queries, k, params=parameters(sel=allowed, nprobe=ivf.nprobe))
-        return Neighbors.from_search(rows, distances)
+        try:
+            distances, rows = index.search(queries, k, params=parameters(sel=allowed, nprobe=ivf.nprobe))
+        except RuntimeError as error:
+            raise IndexError_(
+                f"this kind of index cannot leave out a document: {_reason(error)}; rebuild it"
+            ) from error
+        rows = np.where((rows >= exclude[0]) & (rows < exclude[1]), -1, rows)  # not every kind heeds its selector
+        return _sorted(Neighbors.from_search(rows, distances))
     # Other kinds take no selector: ask for so many that enough remain when the range is dropped by number.
     fetch = min(index.ntotal, k + exclude[1] - exclude[0])
     result = Neighbors.empty(len(queries), k)
@@ -118,6 +128,11 @@ def propose(index: Any, queries: npt.NDArray[np.float32], k: int, exclude: tuple
         for whole, part in zip(result, found, strict=True):
             whole[start : start + step] = part
     return result
+
+
+def _sorted(found: Neighbors) -> Neighbors:
+    """Put absent neighbors last."""
+    return found.taken(np.argsort(found.distances, axis=1, kind="stable"))
 
 
 def rerank(keys: Keys, queries: npt.NDArray[np.float32], found: Neighbors, k: int) -> Neighbors:

@@ -67,7 +67,11 @@ class LanguageModel:
         self.positions = _positions(model)
         width = min(1024, self.positions)
         context = width // 4 if context is None else context
-        self.windows = WindowScheme(context, max(1, width - context) if stride is None else stride)
+        if stride is None and context >= width:
+            raise ModelError(
+                f"context {context} leaves no room for a stride in {width} positions; lower it, or give both"
+            )
+        self.windows = WindowScheme(context, width - context if stride is None else stride)
         if self.windows.context + self.windows.stride - 1 > self.positions:
             raise ModelError(
                 f"context {self.windows.context} + stride {self.windows.stride} is longer than the {self.positions} "
@@ -119,6 +123,7 @@ class LanguageModel:
         Yields:
             (rows, keys): row numbers among all targets, int64 (n,), and keys (n, key width), in no given order.
         """
+        self._check_mode()
         for batch in batch_windows(sequences, self.windows, self.batch_tokens):
             keys = forward_to_site(self.model, self.site, batch.input_ids.to(self.device))
             yield batch.rows, keys[batch.scored.to(keys.device)]
@@ -128,6 +133,7 @@ class LanguageModel:
 
         The logits of a batch exist only for the positions that are scored, and never for more than a fixed budget.
         """
+        self._check_mode()
         vocabulary = self.identity["tokenizer"]["vocab_size"]
         tokens = max(1, min(self.batch_tokens, _LOGITS_BUDGET // (4 * vocabulary)))
         for batch in batch_windows(sequences, self.windows, tokens):
@@ -147,6 +153,12 @@ class LanguageModel:
                 ]
             )
             yield ScoredBatch(batch.rows, batch.targets, log_probs.cpu(), keys[scored])
+
+    def _check_mode(self) -> None:
+        if self.model.training:
+            raise ModelError(
+                f"{self.name} is in training mode, where dropout changes its keys; call model.eval() first"
+            )
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, keys from {self.site.path} {self.site.tensor})"

@@ -1,8 +1,8 @@
 """Key sites: where in a model the keys are read.
 
 The default is the input of the last feed-forward layer, after its normalization (Khandelwal et al. 2020, table 5).
-Where attention and feed-forward run in parallel that tensor has not seen the last attention, and the output of the final
-norm is used instead.
+Where attention and feed-forward run in parallel that tensor has not seen the last attention, and the output of the
+final norm is used instead.
 """
 
 from __future__ import annotations

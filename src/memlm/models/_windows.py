@@ -69,7 +69,9 @@ def tokenize(tokenizer: Any, document: Document) -> TokenizedDocument:
         raise ModelError(
             f"{type(tokenizer).__name__} gives no text offsets; expected a fast tokenizer (tokenizer.json)"
         )
-    encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    # split_special_tokens: text that spells out "<|endoftext|>" is text, and ends no document
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    encoded = tokenizer(document.text, return_offsets_mapping=True, **options)
     ids, spans = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
     if tokenizer.bos_token_id is not None:
         ids, spans = [tokenizer.bos_token_id, *ids], [(0, 0), *spans]
