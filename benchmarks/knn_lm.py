@@ -16,7 +16,6 @@ import json
 import math
 import shutil
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,17 +59,15 @@ def measure(lm: Any, data: Path, corpus: str, scope: str) -> dict[str, Any]:
     valid, test = (Text(lm, pieces(data / f"{corpus}.{split}.jsonl.xz"), TOKENS) for split in ("valid", "test"))
     folder = Path(tempfile.mkdtemp())
     try:
-        started = time.perf_counter()
         memory = memlm.Datastore.build(lm, train, folder / "memory", index="exact")
         result: dict[str, Any] = {"entries": len(memory), "documents": len(train), "valid": valid.tokens}
-        result |= {"test": test.tokens, "build_seconds": time.perf_counter() - started}
+        result |= {"test": test.tokens}
         result["width"], result["dtype"] = memory.width, memory.manifest.encoder["dtype"]
         if scope == "sample":
             result["exact"], result["controls"] = exact_and_controls(lm, memory, valid, test)
-        started = time.perf_counter()
         factory = auto_factory(len(memory), memory.width, memory.key_dtype)
         memory.build_index(factory if factory != "exact" else "IVF1024,SQfp16")
-        index = {**memory.index.details, "seconds": time.perf_counter() - started}
+        index = memory.index.details
         cached = [gather(list(retrieve(lm, text, memory, 1024))) for text in (valid, test)]
         result["faiss"] = {**report(cached, valid, test), "index": index}
         return result
@@ -109,8 +106,6 @@ def report(cached: list[Retrieved], valid: Text, test: Text) -> dict[str, Any]:
         "perplexity with T = 1, λ = .25": math.exp(-float(papers.mean())),
         "valid": {"lm": tuning.lm_perplexity, "perplexity": tuning.perplexity},
         **{name: value for name, value in best.to_dict().items() if name != "kind"},
-        "tokens_per_second": len(part.targets) / (part.model_seconds + part.search_seconds),
-        "lm_tokens_per_second": len(part.targets) / part.model_seconds,
     }
 
 
@@ -196,19 +191,11 @@ def table(results: dict[str, Any]) -> str:
                 f"{faiss['perplexity with T = 1, λ = .25']:.1f} | {faiss['interpolation_weight']:.2f} | "
                 f"{faiss['temperature']:.3g} | {faiss['k']} |"
             )
-    lines += [
-        "",
-        "| index | factory | nprobe | recall@1024 | exact tokens/s | FAISS tokens/s | LM alone, tokens/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines += ["", "| index | factory | nprobe | recall@1024 |", "|---|---|---|---|"]
     for corpus, scopes in results.items():
         for scope, row in scopes.items():
             index = row["faiss"]["index"]
-            speed = f"{row['exact']['tokens_per_second']:,.0f}" if "exact" in row else ""
-            lines.append(
-                f"| {corpus}, {scope} | {index['factory']} | {index['nprobe']} | {index['recall']:.3f} | {speed} | "
-                f"{row['faiss']['tokens_per_second']:,.0f} | {row['faiss']['lm_tokens_per_second']:,.0f} |"
-            )
+            lines.append(f"| {corpus}, {scope} | {index['factory']} | {index['nprobe']} | {index['recall']:.3f} |")
     return "\n".join(lines) + "\n"
 
 
