@@ -64,7 +64,3 @@ class KeyOverflow(DatastoreError):
 
 class IndexError_(DatastoreError):
     """A search index is missing, damaged or cannot be built."""
-
-
-class MissingExtra(MemlmError, ImportError):
-    """An optional package is not installed."""
