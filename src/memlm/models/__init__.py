@@ -2,9 +2,10 @@
 
 from ._attach import attach as attach
 from ._language_model import LanguageModel as LanguageModel
+from ._language_model import ScoredBatch as ScoredBatch
 from ._load import load as load
 from ._load import reference_lm as reference_lm
 from ._sites import KeySite as KeySite
 from ._sites import find_key_site as find_key_site
 
-__all__ = ["KeySite", "LanguageModel", "attach", "find_key_site", "load", "reference_lm"]
+__all__ = ["KeySite", "LanguageModel", "ScoredBatch", "attach", "find_key_site", "load", "reference_lm"]

@@ -17,7 +17,7 @@ from ._identity import encoder_fingerprint, tokenizer_fingerprint
 from ._sites import KeySite, find_decoder, find_key_site
 from ._windows import TokenizedDocument, WindowScheme, batch_windows, tokenize
 
-_LOGITS_BUDGET = 1 << 28  # bytes of float32 logits alive at once
+_LOGITS_BUDGET = {"cpu": 1 << 25}  # bytes of float32 logits alive at once: on a CPU, about what its caches hold
 
 
 class ScoredBatch(NamedTuple):
@@ -58,7 +58,7 @@ class LanguageModel:
         key_site: str | None = None,
         context: int | None = None,
         stride: int | None = None,
-        batch_tokens: int = 4096,
+        batch_tokens: int = 2048,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -135,7 +135,8 @@ class LanguageModel:
         """
         self._check_mode()
         vocabulary = self.identity["tokenizer"]["vocab_size"]
-        tokens = max(1, min(self.batch_tokens, _LOGITS_BUDGET // (4 * vocabulary)))
+        budget = _LOGITS_BUDGET.get(self.device.type, 1 << 28)
+        tokens = max(1, min(self.batch_tokens, budget // (4 * vocabulary)))
         for batch in batch_windows(sequences, self.windows, tokens):
             scored = batch.scored.to(self.device)
             kept = scored.any(dim=0).nonzero().squeeze(1)  # positions that any window of the batch scores
@@ -144,13 +145,10 @@ class LanguageModel:
                     input_ids=batch.input_ids.to(self.device), use_cache=False, logits_to_keep=kept, return_dict=True
                 )
                 keys = keys_of(captured, self.site, *batch.input_ids.shape)
-            logits = output.logits[scored[:, kept]]  # (n, vocabulary)
-            targets = batch.targets.to(logits.device)
+            labels = torch.full(scored.shape, -100, device=scored.device)
+            labels[scored] = batch.targets.to(scored.device)
             log_probs = torch.cat(
-                [
-                    part.float().gather(1, wanted[:, None]).squeeze(1) - part.float().logsumexp(dim=-1)
-                    for part, wanted in zip(logits.split(1024), targets.split(1024), strict=True)
-                ]
+                [_target_log_probs(*window) for window in zip(output.logits, labels[:, kept], strict=True)]
             )
             yield ScoredBatch(batch.rows, batch.targets, log_probs.cpu(), keys[scored])
 
@@ -162,6 +160,12 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, keys from {self.site.path} {self.site.tensor})"
+
+
+def _target_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return log p of every label that is none of the ignored, from one window's logits (length, vocabulary)."""
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="none")
+    return -losses[labels.to(losses.device) != -100]
 
 
 def _positions(model: Any) -> int:
