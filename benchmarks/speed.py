@@ -7,8 +7,8 @@ extraction: keys alone against the plain forward pass with logits, same precisio
 gpt2: scoring through 1 M entries, k = 1024, against scoring by the model alone; 124 M parameters in GPT-2's shape.
 reference: building and scoring with the reference model and 300 k entries, against benchmarks/straightforward.py.
 
-The 124 M model has random weights (speed does not depend on them), and its 1 M entries are the keys of real text, each
-repeated with noise of the size of the distance to its nearest neighbor. Every part runs in a process of its own, whose
+The 124 M model has random weights (its speed does not depend on them); in the place of its keys stand the reference
+model's, rotated into its width, so that the index meets distances of real text. Every part runs in a process of its own, whose
 peak resident memory is reported. Results go to benchmarks/results/speed.json and speed.md.
 """
 
@@ -123,44 +123,42 @@ def extraction() -> dict[str, Any]:
     return rows
 
 
-class NoisyKeys:
-    """An encoder whose entries are those of real text, each repeated with a little noise: a large store, made quickly."""
+class Widened(LanguageModel):
+    """The GPT-2-shaped model, with the reference model's keys mapped into its width by a rotation.
 
-    def __init__(self, lm: LanguageModel, ids: list[np.ndarray], entries: int) -> None:
-        self.identity, self.key_width = lm.identity, lm.key_width
-        self.tokens = np.concatenate(ids)
-        parts = [(rows, keys) for rows, keys in lm.keys([self.tokens])]
-        rows, keys = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-        self.base = keys[rows.argsort()].float()
-        sample = self.base[:512]
-        distance = torch.cdist(sample, self.base).topk(2, largest=False).values[:, 1].median()
-        self.noise = float(distance) / self.key_width**0.5
-        self.copies = entries // len(self.base)
+    Random weights make keys without clusters, which no index can search. A rotation keeps every distance, so that the
+    index meets the geometry of real keys at the cost of GPT-2's width. `remember` computes the keys of a text before the
+    clock runs.
+    """
 
-    def tokenize(self, document: memlm.Document) -> Any:
-        from memlm.models._windows import TokenizedDocument
-
-        return TokenizedDocument(document, self.tokens, np.zeros((len(self.tokens), 2), np.uint32))
+    def __init__(self, lm: LanguageModel, reference: LanguageModel) -> None:
+        self.__dict__ |= lm.__dict__
+        self.reference = reference
+        generator = torch.Generator().manual_seed(0)
+        self.rotation = torch.linalg.qr(torch.randn(lm.key_width, reference.key_width, generator=generator)).Q.T
 
     def keys(self, sequences: Any) -> Any:
-        generator = torch.Generator().manual_seed(0)
-        for number, _ in enumerate(sequences):
-            noise = torch.randn(self.base.shape, generator=generator) * self.noise
-            yield torch.arange(len(self.base)) + number * len(self.base), self.base + noise
+        for rows, keys in self.reference.keys(sequences):
+            yield rows, keys @ self.rotation
+
+    def remember(self, ids: list[np.ndarray]) -> None:
+        parts = list(self.keys(ids))
+        self.known = torch.cat([keys for _, keys in parts])[torch.cat([rows for rows, _ in parts]).argsort()]
+
+    def score(self, sequences: Any) -> Any:
+        for batch in super().score(sequences):
+            yield batch._replace(keys=self.known[batch.rows])
 
 
 def gpt2() -> dict[str, Any]:
     """Scoring through a million entries against scoring by the model alone."""
     reference = memlm.reference_lm()
-    lm = gpt2_shaped(reference)
-    encoder = NoisyKeys(lm, sequences(lm, "train", 15_999), 1_000_000)
-    copies = [memlm.Document(id=str(number), text=f"copy {number}") for number in range(encoder.copies)]
+    lm = Widened(gpt2_shaped(reference), reference)
+    documents = texts(lm, "train", 1_000_000)
+    test = texts(lm, "test", 8_000)
     with tempfile.TemporaryDirectory() as folder:
-        memory = memlm.Datastore.build(encoder, copies, Path(folder) / "memory")
-        test = [
-            memlm.Document(id=str(n), text=lm.tokenizer.decode(ids, skip_special_tokens=True))
-            for n, ids in enumerate(sequences(lm, "test", 8_000))
-        ]
+        memory = memlm.Datastore.build(lm, documents, Path(folder) / "memory")
+        lm.remember([lm.tokenize(document).ids for document in test])
         result = evaluate(lm, test, memory, MIXTURE)
         alone, mixed = (row.tokens_per_second for row in result.results)
         return {
@@ -168,21 +166,24 @@ def gpt2() -> dict[str, Any]:
             "alone": alone,
             "memory": mixed,
             "ratio": mixed / alone,
+            "recall": query_recall(lm, memory, test),
             "index": memory.index.details,
         }
+
+
+def texts(lm: LanguageModel, split: str, tokens: int) -> list[memlm.Document]:
+    """Real documents of so many tokens in all."""
+    return [
+        memlm.Document(id=str(number), text=lm.tokenizer.decode(ids, skip_special_tokens=True))
+        for number, ids in enumerate(sequences(lm, split, tokens))
+    ]
 
 
 def reference_memlm() -> dict[str, Any]:
     """memlm with 300 k entries: build, tune nothing, score."""
     lm = memlm.reference_lm()
-    documents = [
-        memlm.Document(id=str(n), text=lm.tokenizer.decode(ids, skip_special_tokens=True))
-        for n, ids in enumerate(sequences(lm, "train", 300_000))
-    ]
-    test = [
-        memlm.Document(id=str(n), text=lm.tokenizer.decode(ids, skip_special_tokens=True))
-        for n, ids in enumerate(sequences(lm, "test", 20_000))
-    ]
+    documents = texts(lm, "train", 300_000)
+    test = texts(lm, "test", 20_000)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         memory = memlm.Datastore.build(lm, documents, Path(folder) / "memory")

@@ -122,6 +122,20 @@ def test_it_is_used_for_many_queries_of_lists_that_hold_keys_alone():
     assert not _lists.pays(residual, 100)
 
 
+def test_an_index_read_from_disk_is_searched_here(monkeypatch, tmp_path):
+    from memlm.index._faiss import propose
+
+    faiss.write_index(index_of(clustered(3000), nprobe=8), str(tmp_path / "index.faiss"))
+    index = faiss.read_index(str(tmp_path / "index.faiss"))
+    index.nprobe = 8
+    called = []
+    monkeypatch.setattr(_lists, "search_lists", lambda *arguments: called.append(arguments))
+    propose(index, clustered(100), 5, (0, 0))
+    assert called
+    assert propose(index, clustered(2), 5, (0, 0)).present.all()  # too few: FAISS itself
+    assert len(called) == 1
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 60), st.integers(0, 20), st.integers(1, 8), st.integers(0, 10**6))
 def test_a_reservoir_keeps_the_nearest(k, slack, levels, seed):

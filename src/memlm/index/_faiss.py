@@ -103,10 +103,9 @@ def propose(index: Any, queries: npt.NDArray[np.float32], k: int, exclude: tuple
     """Ask for k entries outside a range: FAISS, or for many queries at once the batched search of its lists."""
     from ._lists import pays, search_lists  # compiles, so it is loaded only where there is something to search
 
-    if isinstance(faiss.downcast_index(index), faiss.IndexIVF):
-        lists = faiss.extract_index_ivf(index)
-        if pays(lists, len(queries)):
-            return search_lists(lists, queries, k, exclude)
+    lists = faiss.downcast_index(index)
+    if isinstance(lists, faiss.IndexIVF) and pays(lists, len(queries)):
+        return search_lists(lists, queries, k, exclude)
     if exclude[0] >= exclude[1]:
         distances, rows = index.search(queries, k)
         return Neighbors.from_search(rows, distances)
@@ -203,7 +202,7 @@ def _tune(keys: Keys, index: Any, stores_keys: bool) -> dict[str, Any]:
     ivf = faiss.try_extract_index_ivf(index)
     lists = ivf.nlist if ivf is not None else 1
     nprobe, measured = 1, 0.0
-    steps = sorted({min(lists, round(4 * 2 ** (step / 2))) for step in range(40)})
+    steps = sorted({min(lists, round(4 * 2 ** (step / 4))) for step in range(80)})
     for nprobe in steps if ivf is not None else [1]:
         _set_nprobe(index, nprobe)
         found = propose(index, queries, k if stores_keys else min(_RERANK_FACTOR * k, len(keys)), (0, 0))
