@@ -25,8 +25,9 @@ import torch
 
 import memlm
 from memlm.evaluation._retrieval import Retrieved, Text, gather, retrieve
-from memlm.evaluation._tune import best_weight, tune_cached
+from memlm.evaluation._tune import tune_cached
 from memlm.index import auto_factory
+from memlm.mixtures import best_weight
 
 RESULTS = Path(__file__).parent / "results"
 CORPORA = ("law", "latex", "code", "isabelle", "peps", "wikitext2")

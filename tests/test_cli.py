@@ -17,6 +17,7 @@ from memlm import Datastore, KnnMixture
 from memlm.cli._app import app
 from memlm.cli._common import say
 from memlm.evaluation import Explanation
+from memlm.mixtures import load_mixture
 from test_training import RECIPE
 from tiny_models import tiny_model
 
@@ -86,7 +87,7 @@ def test_tune_eval_round(world, lm, tmp_path):
     assert (tuned.code, tuned.out.count("\n")) == (0, 1)
     assert tuned.out.startswith("memory helps: perplexity ")
     assert tuned.err.endswith(f"settings written to {saved}\n")
-    mixture = KnnMixture.load(saved)
+    mixture = load_mixture(saved)
     assert mixture.k <= 64
     result = run("eval", world.model, world.memory, world.texts / "test", "--mixture", saved)
     expected = memlm.evaluate(lm, world.texts / "test", Datastore(world.memory), mixture, show_progress=False)
@@ -96,6 +97,24 @@ def test_tune_eval_round(world, lm, tmp_path):
     changed = run("eval", world.model, world.memory, world.texts / "test", "--mixture", saved, "--lambda", 0, "--json")
     before, after = json.loads(changed.out)["results"]
     assert before["perplexity"] == pytest.approx(after["perplexity"]), "λ given on the command line was not used"
+
+
+@pytest.mark.parametrize("kind", ["buckets", "exponential", "logistic", "auto"])
+def test_a_weight_by_distance_is_tuned_and_taken_by_every_verb(world, lm, tmp_path, kind):
+    saved = tmp_path / "mixture.json"
+    tuned = run("tune", world.model, world.memory, world.texts / "valid", "--mixture", kind, "--save", saved, "--json")
+    report = json.loads(tuned.out)
+    mixture = load_mixture(saved)
+    assert (report["mixture"], mixture.kind) == (json.loads(saved.read_text()), report["mixture"]["kind"])
+    assert kind in (mixture.kind, "auto")
+    result = run("eval", world.model, world.memory, world.texts / "test", "--mixture", saved, "--json")
+    alone, mixed = (item["perplexity"] for item in json.loads(result.out)["results"])
+    assert mixed < alone
+    explained = run("explain", world.model, world.memory, "the cat was here", "--mixture", saved)
+    generated = run("generate", world.model, world.memory, "the cat", "--mixture", saved)
+    assert (generated.code, explained.code) == (0, 0)
+    refused = run("eval", world.model, world.memory, world.texts / "test", "--mixture", saved, "--lambda", 0.5)
+    assert (refused.code == 2) is (mixture.kind != "knn")
 
 
 def test_default_k_of_a_small_datastore_is_all_of_it(world, tmp_path):

@@ -193,7 +193,7 @@ def test_an_interrupted_build_leaves_nothing(world, place):
         (["--lambda", "0.5", "--temperature", "10", "--k", "343"], "has 342 entries; expected at most so many"),
         (["--mixture", "nowhere.json"], "nowhere.json does not exist; `memlm tune … --save nowhere.json` makes one"),
         (["--mixture", "text.txt"], "text.txt cannot be read as JSON"),
-        (["--mixture", "other.json"], "other.json is not a saved kNN mixture"),
+        (["--mixture", "other.json"], "other.json is not a saved mixture"),
         (["--mixture", "bad.json"], "temperature is 0.0; expected a positive number"),
         (["--mixture", "."], ". cannot be read as JSON"),
     ],
@@ -209,6 +209,7 @@ def test_settings_of_the_mixture(world, place, verb, options, words):
     ("command", "words"),
     [
         (["tune", "MODEL", "MEMORY", "text.txt", "--max-k", "343"], "k is 343, but"),
+        (["tune", "MODEL", "MEMORY", "text.txt", "--mixture", "magic"], "is 'magic'; expected one of knn, buckets"),
         (["tune", "MODEL", "MEMORY", "text.txt", "--max-k", "0"], "k is 0; expected 1 to 342"),
         (["tune", "MODEL", "MEMORY", "text.txt", "--max-tokens", "0"], "max_tokens is 0; expected at least 1"),
         (

@@ -8,9 +8,10 @@ import sysconfig
 import pytest
 
 from command_line import run
-from memlm import Datastore, KnnMixture
+from memlm import Datastore
 from memlm.cli import _demo
 from memlm.errors import CorpusError
+from memlm.mixtures import load_mixture
 from tiny_models import tiny_folder
 
 
@@ -43,7 +44,7 @@ def test_the_demo_from_text_to_report(small, tmp_path):
     assert rows[1]["perplexity"] < rows[0]["perplexity"]
     assert f"{rows[1]['perplexity']:,.2f}" in result.out
     assert len(Datastore(output / "memory")) > 4_000
-    assert KnnMixture.load(output / "mixture.json").k <= 1024
+    assert load_mixture(output / "mixture.json").k <= 1024
     page = (output / "report.html").read_text()
     assert f"{rows[0]['perplexity']:,.2f} → <b>{rows[1]['perplexity']:,.2f}</b>" in page
     assert page.count("<iframe") == 2

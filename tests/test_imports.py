@@ -60,7 +60,7 @@ def test_imports_are_read_as_python_reads_them():
     assert {"", "documents", "errors", "progress"} <= set(build)
     assert "index" in dict(own_imports(ROOT / "datastore" / "_datastore.py"))
     assert "datastore" in dict(own_imports(ROOT / "index" / "_faiss.py"))  # also inside a function
-    assert "ops" in dict(own_imports(ROOT / "mixtures" / "_fixed.py"))
+    assert "ops" in dict(own_imports(ROOT / "mixtures" / "_mixture.py"))
     assert len(MODULES) > 30
 
 

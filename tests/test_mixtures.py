@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from memlm import KnnMixture
 from memlm.errors import ConfigError
+from memlm.mixtures import load_mixture
 
 VOCABULARY = 11
 weights = st.floats(0, 1)
@@ -123,7 +124,7 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 
 def test_saved_settings_come_back(tmp_path):
     mixture(0.25, 12.5, 64).save(tmp_path / "mixture.json")
-    assert KnnMixture.load(tmp_path / "mixture.json") == mixture(0.25, 12.5, 64)
+    assert load_mixture(tmp_path / "mixture.json") == mixture(0.25, 12.5, 64)
     assert [item.name for item in tmp_path.iterdir()] == ["mixture.json"]
 
 
@@ -133,11 +134,11 @@ def test_saved_settings_come_back(tmp_path):
         (None, "does not exist; `memlm tune"),
         (b"{", "cannot be read as JSON"),
         (b"\xff\xfe", "cannot be read as JSON"),
-        (b"[1]", "is not a saved kNN mixture"),
-        ({"kind": "cache"}, "is not a saved kNN mixture"),
+        (b"[1]", "is not a saved mixture"),
+        ({"kind": "cache"}, "is not a saved mixture"),
         ({"k": "8"}, "k is '8'; expected a number"),
         ({"temperature": None}, "temperature is None; expected a number"),
-        ({"surprise": 1}, "is not a saved kNN mixture"),
+        ({"surprise": 1}, "is not a saved mixture"),
     ],
 )
 def test_damaged_settings_are_refused(tmp_path, content, message):
@@ -147,9 +148,9 @@ def test_damaged_settings_are_refused(tmp_path, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        KnnMixture.load(path)
+        load_mixture(path)
 
 
 def test_a_folder_in_the_place_of_settings_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
-        KnnMixture.load(tmp_path)
+        load_mixture(tmp_path)

@@ -15,7 +15,8 @@ from memlm import evaluate, tune
 from memlm.evaluation import tune_report
 from memlm.evaluation._bootstrap import paired_bootstrap
 from memlm.evaluation._retrieval import Retrieved
-from memlm.evaluation._tune import best_weight, tune_cached
+from memlm.evaluation._tune import tune_cached
+from memlm.mixtures import best_weight
 from memlm.models import LanguageModel
 from tiny_memories import TEXTS, bare_tokenizer, documents, lm_of, store
 from tiny_models import tiny_model

@@ -17,7 +17,7 @@ from ..text import printable
 
 if TYPE_CHECKING:
     from ..datastore import Datastore
-    from ..mixtures import KnnMixture
+    from ..mixtures import Mixture as AnyMixture
     from ..models import LanguageModel
 
 Model = Annotated[str, typer.Argument(help="'reference', a folder made by save_pretrained, or a name on the hub.")]
@@ -80,7 +80,7 @@ def open_all(
     k: int | None,
     dtype: str,
     device: str | None,
-) -> tuple[LanguageModel, Datastore, KnnMixture]:
+) -> tuple[LanguageModel, Datastore, AnyMixture]:
     """Open a datastore, load its model and take the settings: what is quick to check comes first."""
     settings = load_mixture(mixture, weight, temperature, k)
     from ..datastore import Datastore
@@ -98,14 +98,18 @@ def check_k(k: int, memory: Datastore) -> None:
         raise ConfigError(f"k is {k:,}, but {memory.path} has {len(memory):,} entries; expected at most so many")
 
 
-def load_mixture(path: Path | None, weight: float | None, temperature: float | None, k: int | None) -> KnnMixture:
+def load_mixture(path: Path | None, weight: float | None, temperature: float | None, k: int | None) -> AnyMixture:
     """Take saved settings and put those given on the command line in their place."""
     from ..mixtures import KnnMixture
+    from ..mixtures import load_mixture as load_saved
 
     given = {"interpolation_weight": weight, "temperature": temperature, "k": k}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if path is not None:
-        return dataclasses.replace(KnnMixture.load(path), **changes)
+        loaded = load_saved(path)
+        if weight is not None and not isinstance(loaded, KnnMixture):
+            raise ConfigError(f"--lambda is {weight}, but {path} sets λ token by token; leave one of them out")
+        return dataclasses.replace(loaded, **changes)
     if weight is None or temperature is None:
         raise ConfigError(
             "λ and temperature are not known; pass --mixture FILE (`memlm tune … --save FILE` makes one), or --lambda "

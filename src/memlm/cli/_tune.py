@@ -15,6 +15,9 @@ def tune(
     datastore: common.Memory,
     text: common.Text,
     save: Annotated[Path | None, typer.Option(help="Write the settings here, for --mixture.")] = None,
+    mixture: Annotated[
+        str, typer.Option(help="How λ is set: knn (one λ), buckets, exponential, logistic, or auto.")
+    ] = "knn",
     max_k: Annotated[int | None, typer.Option(help="Most neighbors a token; 1,024, or all, by default.")] = None,
     max_tokens: common.MaxTokens = 20_000,
     dtype: common.Dtype = "float32",
@@ -24,13 +27,16 @@ def tune(
     """Choose λ, temperature and k by the likelihood of held-out text, and say whether the memory helps at all."""
     common.check_output(save)
     from ..datastore import Datastore
-    from ..evaluation import tune_report
+    from ..evaluation import check_kind, tune_report
+
+    check_kind(mixture)
 
     memory = Datastore(datastore)
     max_k = min(1024, len(memory)) if max_k is None else max_k
     common.check_k(max_k, memory)
     lm = common.load_for(memory, model, dtype, device)
-    report = tune_report(lm, memory, [str(path) for path in text], max_k=max_k, max_tokens=max_tokens)
+    settings = {"kind": mixture, "max_k": max_k, "max_tokens": max_tokens}
+    report = tune_report(lm, memory, [str(path) for path in text], **settings)
     common.emit({**report.to_dict(), "grid": report.grid}, report.verdict(), json)
     if save is not None:
         report.mixture.save(save)

@@ -10,6 +10,7 @@ from ._explanation import Source as Source
 from ._overlap import Overlap as Overlap
 from ._overlap import overlap as overlap
 from ._tune import Tuning as Tuning
+from ._tune import check_kind as check_kind
 from ._tune import tune as tune
 from ._tune import tune_report as tune_report
 
@@ -21,6 +22,7 @@ __all__ = [
     "Result",
     "Source",
     "Tuning",
+    "check_kind",
     "evaluate",
     "explain",
     "overlap",

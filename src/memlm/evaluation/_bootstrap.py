@@ -25,6 +25,20 @@ class Interval(NamedTuple):
         return f"{self.mean:.3f} nats a token (95 % interval {self.low:.3f} to {self.high:.3f} over {self.unit})"
 
 
+def units(documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], str]:
+    """Say what is resampled and held out together: documents, or contiguous blocks where documents are few.
+
+    Args:
+        documents: Document of each token, int64, shape (n,).
+
+    Returns:
+        Number of each token's unit from 0, int64, shape (n,), and what a unit is.
+    """
+    if len(np.unique(documents)) >= _FEW_DOCUMENTS:
+        return np.unique(documents, return_inverse=True)[1], "documents"
+    return np.arange(len(documents)) // _BLOCK, f"blocks of {_BLOCK:,} tokens"
+
+
 def paired_bootstrap(
     differences: npt.NDArray[np.float64], documents: npt.NDArray[np.int64], *, samples: int = 2000, seed: int = 0
 ) -> Interval:
@@ -39,9 +53,7 @@ def paired_bootstrap(
     Returns:
         Mean and percentile interval. With fewer than two units the interval is infinitely wide.
     """
-    by_document = len(np.unique(documents)) >= _FEW_DOCUMENTS
-    group = np.unique(documents, return_inverse=True)[1] if by_document else np.arange(len(differences)) // _BLOCK
-    unit = "documents" if by_document else "blocks of 2,048 tokens"
+    group, unit = units(documents)
     sums, counts = np.bincount(group, differences), np.bincount(group)
     mean = float(differences.mean())
     if len(sums) < 2:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..datastore import Datastore
-from ..mixtures import KnnMixture
+from ..mixtures import Mixture
 from ..models import LanguageModel
 from ._bootstrap import Interval, paired_bootstrap
 from ._retrieval import Text, retrieve
@@ -132,7 +132,7 @@ def evaluate(
     lm: LanguageModel,
     source: Any,
     memory: Datastore,
-    mixture: KnnMixture,
+    mixture: Mixture,
     *,
     max_tokens: int | None = None,
     leave_out_own: bool = True,

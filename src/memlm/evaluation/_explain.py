@@ -11,7 +11,7 @@ import torch
 from .. import ops
 from ..datastore import Datastore
 from ..documents import Document
-from ..mixtures import KnnMixture
+from ..mixtures import Mixture
 from ..models import LanguageModel
 from ._explanation import ExplainedToken, Explanation, Source
 from ._retrieval import check_same
@@ -21,7 +21,7 @@ def explain(
     lm: LanguageModel,
     text: str,
     memory: Datastore,
-    mixture: KnnMixture,
+    mixture: Mixture,
     *,
     sources: int = 5,
     title: str = "",
@@ -56,7 +56,7 @@ def explain(
         distances, present = torch.from_numpy(found.distances), torch.from_numpy(found.present)
         log_weights = ops.knn_log_weights(distances, present, temperature=mixture.temperature)
         memory_log_probs = ops.knn_target_log_probs(log_weights, tokens, batch.targets)
-        weights = mixture.weights(present)
+        weights = mixture.weights(distances, present)
         mixed = mixture.target_log_probs(batch.log_probs, batch.targets, distances, tokens, present)
         for line, row in enumerate(batch.rows.tolist()):
             explained[row] = ExplainedToken(
@@ -88,7 +88,7 @@ def explain(
         start = int(np.searchsorted(stops, generated_from, side="right"))
     settings: dict[str, Any] = {
         "model": lm.name,
-        "λ": round(mixture.interpolation_weight, 4),
+        "mixture": mixture.describe(),
         "temperature": float(f"{mixture.temperature:.4g}"),
         "k": mixture.k,
         "memory": f"{len(memory):,} entries, {memory.manifest.documents:,} documents",

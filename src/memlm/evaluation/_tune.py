@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..datastore import Datastore
-from ..mixtures import KnnMixture
+from ..errors import ConfigError
+from ..mixtures import KnnMixture, Mixture, best_weight
 from ..models import LanguageModel
-from ._bootstrap import Interval, paired_bootstrap
+from ._bootstrap import Interval, paired_bootstrap, units
+from ._families import FITS, choose, fit, log_probs, memory_probabilities, prepare
 from ._retrieval import Retrieved, Text, gather, retrieve
 
 _OCTAVES = 8  # temperatures go from the typical distance × 2^−6 to × 2^2, in steps of half an octave
@@ -37,9 +39,9 @@ class Tuning:
         grid: One row a (k, temperature) tried: k, temperature, λ, perplexity.
     """
 
-    mixture: KnnMixture
+    mixture: Mixture
     helps: bool
-    best: KnnMixture
+    best: Mixture
     lm_perplexity: float
     perplexity: float
     gain: Interval
@@ -60,13 +62,13 @@ class Tuning:
         """Say in one sentence whether the memory helps."""
         change = f"perplexity {self.lm_perplexity:,.2f} → {self.perplexity:,.2f} on {self.tokens:,} held-out tokens"
         best = self.best
-        settings = f"λ {best.interpolation_weight:.3f}, temperature {best.temperature:.3g}, k {best.k:,}"
+        settings = f"{best.describe()}, temperature {best.temperature:.3g}, k {best.k:,}"
         if self.helps:
             return f"memory helps: {change} with {settings}; gain {self.gain}"
         return f"memory does not help here: at best {change} with {settings}; gain {self.gain}; λ is set to 0"
 
 
-def tune(lm: LanguageModel, memory: Datastore, source: Any, **settings: Any) -> KnnMixture:
+def tune(lm: LanguageModel, memory: Datastore, source: Any, **settings: Any) -> Mixture:
     """Choose λ, temperature and k by the likelihood of held-out text; see `tune_report` for the settings.
 
     Warns where the memory does not help; the mixture returned is then the model alone (λ = 0).
@@ -82,6 +84,7 @@ def tune_report(
     memory: Datastore,
     source: Any,
     *,
+    kind: str = "knn",
     max_k: int = 1024,
     max_tokens: int | None = 20_000,
     show_progress: bool = True,
@@ -95,21 +98,31 @@ def tune_report(
         lm: The model that made the datastore's keys.
         memory: The datastore.
         source: Held-out text: neither stored nor reported on.
+        kind: How λ is set: "knn" (one λ), "buckets", "exponential" or "logistic" (by the nearest distance), or "auto",
+            the best of these in cross-validation.
         max_k: Most neighbors.
         max_tokens: Targets used; None uses all.
         show_progress: Show rate and time left on stderr.
 
     Raises:
+        ConfigError: The kind is not known.
         CorpusError: No text.
         DatastoreMismatch: The datastore was built with another model, tokenizer or key site.
     """
+    check_kind(kind)
     text = Text(lm, source, max_tokens)
     k = min(max_k, len(memory))
     cached = gather(list(retrieve(lm, text, memory, k, show_progress=show_progress, description="tuning")))
-    return tune_cached(cached, text.document_of_target)
+    return tune_cached(cached, text.document_of_target, kind)
 
 
-def tune_cached(cached: Retrieved, documents: npt.NDArray[np.int64]) -> Tuning:
+def check_kind(kind: str) -> None:
+    """Raise ConfigError unless this is a kind of mixture, or "auto"."""
+    if kind not in (*FITS, "auto"):
+        raise ConfigError(f"the kind of mixture is {kind!r}; expected one of {', '.join(FITS)}, or auto")
+
+
+def tune_cached(cached: Retrieved, documents: npt.NDArray[np.int64], kind: str = "knn") -> Tuning:
     """Choose λ, temperature and k from a retrieval pass; `documents` is the document of each target, shape (n,)."""
     k = cached.distances.shape[1]
     ks = sorted({*(1 << power for power in range(k.bit_length())), k})
@@ -124,19 +137,20 @@ def tune_cached(cached: Retrieved, documents: npt.NDArray[np.int64]) -> Tuning:
     least = min(row["nats"] for row in rows)
     row = min((row for row in rows if row["nats"] <= least + 1e-3), key=lambda row: (row["k"], row["nats"]))
     best = KnnMixture(interpolation_weight=row["interpolation_weight"], temperature=row["temperature"], k=int(row["k"]))
-    mixed = best.target_log_probs(
-        cached.lm_log_probs,
-        cached.targets,
-        *(part[:, : best.k] for part in (cached.distances, cached.tokens, cached.present)),
-    )
-    gain = paired_bootstrap((mixed.double() - lm).numpy(), documents)
+    fixed = best
+    if kind != "knn" and cached.present.any():
+        prepared = prepare(cached, units(documents)[0], fixed)
+        kind = choose(prepared) if kind == "auto" else kind
+        best = fixed if kind == "knn" else fit(kind, prepared)
+    mixed = log_probs(best, cached)
+    gain = paired_bootstrap((mixed - lm).numpy(), documents)
     helps = gain.low > 0 if math.isfinite(gain.low) else gain.mean > 0
     return Tuning(
-        mixture=best if helps else dataclasses.replace(best, interpolation_weight=0.0),
+        mixture=best if helps else dataclasses.replace(fixed, interpolation_weight=0.0),
         helps=helps,
         best=best,
         lm_perplexity=math.exp(-float(lm.mean())),
-        perplexity=math.exp(-float(mixed.double().mean())),
+        perplexity=math.exp(-float(mixed.mean())),
         gain=gain,
         tokens=len(lm),
         grid=[
@@ -160,43 +174,6 @@ def _try(cached: Retrieved, lm: Tensor, ks: list[int], temperature: float) -> li
         nats = -float((lm + torch.log1p(weight * (ratio - 1))).mean())
         rows.append({"k": k, "temperature": temperature, "interpolation_weight": weight, "nats": nats})
     return rows
-
-
-def memory_probabilities(cached: Retrieved, ks: list[int], temperature: float, block: int = 2048) -> Tensor:
-    """Return p_kNN of every target for several k, float64, shape (n, number of ks)."""
-    result = []
-    columns = torch.tensor(ks) - 1
-    for start in range(0, len(cached.targets), block):
-        rows = slice(start, start + block)
-        present = cached.present[rows]
-        distances = cached.distances[rows]
-        scores = ((distances[:, :1] - distances) / temperature).exp().masked_fill(~present, 0.0)
-        matching = scores * (cached.tokens[rows] == cached.targets[rows, None])
-        total = scores.cumsum(dim=1)[:, columns].double()
-        result.append(matching.cumsum(dim=1)[:, columns].double() / total.clamp_min(1e-300))
-    return torch.cat(result)
-
-
-def best_weight(ratio: Tensor, steps: int = 40) -> float:
-    """Return the λ in [0, 1 − 10⁻⁴] that maximizes Σ log(1 + λ (r − 1)), r = p_kNN / p_LM; the sum is concave in λ.
-
-    Example:
-        >>> best_weight(torch.tensor([2.0, 0.0])), best_weight(torch.tensor([0.5]))
-        (0.0, 0.0)
-    """
-    excess = ratio - 1
-
-    def slope(weight: float) -> float:
-        return float((excess / (1 + weight * excess).clamp_min(1e-12)).sum())
-
-    # λ = 1 would make a token that the memory lacks impossible; held-out text may not hold one such by chance
-    if slope(0.0) <= 0:
-        return 0.0
-    low, high = 0.0, 1.0 - 1e-4
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-    return (low + high) / 2
 
 
 def _finite(value: float) -> float | None:

@@ -97,7 +97,7 @@ def plots(tuning: Tuning, evaluation: Evaluation, documents: list[Document]) -> 
         tuning.perplexity,
         "k*",
         ms=11,
-        label=f"chosen, λ = {tuning.best.interpolation_weight:.2f}",
+        label=f"chosen, {tuning.best.describe()}",
     )
     left.set(
         xscale="log",

@@ -29,7 +29,7 @@ Ints = npt.NDArray[np.int64]
 
 def pays(ivf: Any, queries: int) -> bool:
     """Tell whether so many queries are searched faster here than by FAISS, and whether this index allows it."""
-    return _key_dtype(ivf) is not None and queries * ivf.nprobe >= _SHORTEST * ivf.nlist
+    return _key_dtype(ivf) is not None and 0 < _SHORTEST * ivf.nlist <= queries * ivf.nprobe
 
 
 def search_lists(ivf: Any, queries: Floats, k: int, exclude: tuple[int, int]) -> Neighbors:

@@ -1,0 +1,125 @@
+"""λ from the distance to the nearest neighbor: in steps, as an exponential, as a logistic curve."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import ConfigError
+from ._mixture import Mixture, check_number, check_weight, nearest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BucketMixture(Mixture):
+    """One λ a bucket of the nearest distance (Drozdov et al. 2022, arXiv:2210.15859).
+
+    Attributes:
+        edges: Distances at which one bucket ends and the next begins, rising; one fewer than buckets.
+        bucket_weights: λ of each bucket, nearest first, in [0, 1].
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    kind: ClassVar[str] = "buckets"
+    edges: tuple[float, ...]
+    bucket_weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edges", tuple(self.edges))  # JSON has lists
+        object.__setattr__(self, "bucket_weights", tuple(self.bucket_weights))
+        for edge in self.edges:
+            check_number("edge", edge)
+        for weight in self.bucket_weights:
+            check_weight(weight)
+        if list(self.edges) != sorted(self.edges) or len(self.edges) + 1 != len(self.bucket_weights):
+            raise ConfigError(
+                f"{len(self.edges)} edges for {len(self.bucket_weights)} buckets; expected rising edges, one fewer "
+                "than weights"
+            )
+        Mixture.__post_init__(self)
+
+    def weights(self, distances: Tensor, present: Tensor) -> Tensor:
+        """See `Mixture.weights`."""
+        edges, weights = (torch.tensor(part, device=distances.device) for part in (self.edges, self.bucket_weights))
+        return present.any(dim=-1) * ops.bucket_weight(nearest(distances, present), edges, weights)
+
+    def describe(self) -> str:
+        """See `Mixture.describe`."""
+        low, high = min(self.bucket_weights), max(self.bucket_weights)
+        return f"λ {low:.3f} to {high:.3f} in {len(self.bucket_weights)} buckets"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExponentialMixture(Mixture):
+    """λ(d) = min(λ₀ exp(−d / τ), 1 − 10⁻⁴) of the nearest distance d.
+
+    Attributes:
+        scale: λ₀, positive; above 1 where even near neighbors are at some distance.
+        length: τ, in units of squared distance; positive.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    kind: ClassVar[str] = "exponential"
+    scale: float
+    length: float
+
+    def __post_init__(self) -> None:
+        _check_positive("scale λ₀", self.scale)
+        _check_positive("length τ", self.length)
+        Mixture.__post_init__(self)
+
+    def weights(self, distances: Tensor, present: Tensor) -> Tensor:
+        """See `Mixture.weights`."""
+        return ops.exponential_weight(nearest(distances, present), self.scale, self.length)  # 0 at +inf
+
+    def describe(self) -> str:
+        """See `Mixture.describe`."""
+        return f"λ = {self.scale:.3g} exp(−d / {self.length:.3g})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogisticMixture(Mixture):
+    """λ(d) = min(λ₀ σ((c − d) / τ), 1 − 10⁻⁴) of the nearest distance d.
+
+    Attributes:
+        scale: λ₀, which near neighbors get, in (0, 1].
+        center: c, the squared distance at which λ is half of λ₀.
+        length: τ, in units of squared distance; positive.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    kind: ClassVar[str] = "logistic"
+    scale: float
+    center: float
+    length: float
+
+    def __post_init__(self) -> None:
+        _check_positive("scale λ₀", self.scale)
+        check_weight(self.scale)
+        check_number("center", self.center)
+        _check_positive("length τ", self.length)
+        Mixture.__post_init__(self)
+
+    def weights(self, distances: Tensor, present: Tensor) -> Tensor:
+        """See `Mixture.weights`."""
+        return ops.logistic_weight(nearest(distances, present), self.scale, self.center, self.length)
+
+    def describe(self) -> str:
+        """See `Mixture.describe`."""
+        return f"λ = {self.scale:.3g} σ(({self.center:.3g} − d) / {self.length:.3g})"
+
+
+def _check_positive(name: str, value: float) -> None:
+    check_number(name, value)
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{name} is {value}; expected a positive number; `memlm tune` finds one")

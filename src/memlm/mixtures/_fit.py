@@ -1,0 +1,132 @@
+"""Fitting λ to held-out text by likelihood.
+
+Everything is fitted to the ratio r = p_kNN / p_LM of the targets: the mixture's log-likelihood is
+Σ log p_LM + log(1 + λ (r − 1)). Rows without neighbors have λ = 0 whatever is fitted; they must be left out, or have
+r = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+
+_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+_FOLDS = 5
+
+
+def gain(ratio: Tensor, weight: Tensor | float) -> Tensor:
+    """Return log(p / p_LM) of every target, the same shape as `ratio`."""
+    return torch.log1p(weight * (ratio - 1))
+
+
+def best_weight(ratio: Tensor, steps: int = 40) -> float:
+    """Return the λ in [0, 1 − 10⁻⁴] that maximizes Σ log(1 + λ (r − 1)), r = p_kNN / p_LM; the sum is concave in λ.
+
+    Example:
+        >>> best_weight(torch.tensor([2.0, 0.0])), best_weight(torch.tensor([0.5]))
+        (0.0, 0.0)
+    """
+    excess = ratio - 1
+
+    def slope(weight: float) -> float:
+        return float((excess / (1 + weight * excess).clamp_min(1e-12)).sum())
+
+    # λ = 1 would make a token that the memory lacks impossible; held-out text may not hold one such by chance
+    if slope(0.0) <= 0:
+        return 0.0
+    low, high = 0.0, ops.LARGEST
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return (low + high) / 2
+
+
+def fit_buckets(ratio: Tensor, distances: Tensor, buckets: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the edges of equally populated buckets and the best λ in each.
+
+    Args:
+        ratio: p_kNN / p_LM, float64, shape (n,).
+        distances: To the nearest neighbor, finite, shape (n,).
+        buckets: Wanted; fewer where many distances are equal.
+    """
+    inner = torch.linspace(0, 1, buckets + 1, dtype=torch.float64)[1:-1]
+    edges = distances.double().quantile(inner).float().unique() if buckets > 1 else distances[:0].float()
+    place = torch.bucketize(distances.float(), edges)
+    return tuple(edges.tolist()), tuple(best_weight(ratio[place == number]) for number in range(len(edges) + 1))
+
+
+def choose_buckets(ratio: Tensor, distances: Tensor, groups: np.ndarray) -> int:
+    """Return the number of buckets with the best likelihood in cross-validation over groups of tokens, shape (n,)."""
+    fold = torch.from_numpy(np.unique(groups, return_inverse=True)[1] % _FOLDS)
+    scores = []
+    for buckets in _BUCKETS:
+        total = 0.0
+        for held in range(_FOLDS):
+            kept, tested = fold != held, fold == held
+            if kept.any() and tested.any():
+                edges, weights = fit_buckets(ratio[kept], distances[kept], buckets)
+                weight = ops.bucket_weight(distances[tested].float(), torch.tensor(edges), torch.tensor(weights))
+                total += float(gain(ratio[tested], weight.double()).sum())
+        scores.append(total)
+    return _BUCKETS[int(np.argmax(scores))]
+
+
+def fit_exponential(ratio: Tensor, distances: Tensor) -> tuple[float, float]:
+    """Return (λ₀, τ) of λ(d) = min(λ₀ exp(−d / τ), 1 − 10⁻⁴).
+
+    Starts with a long τ, from λ at the median distance; λ₀ is held as λ at the median, so that the two do not fight.
+    """
+    middle = float(distances.median())
+    start = max(best_weight(ratio), 1e-3)
+
+    def weight(parameters: Tensor) -> Tensor:
+        at_middle, inverse = parameters[0].exp(), parameters[1].exp()
+        return (at_middle * torch.exp((middle - distances.double()) / max(middle, 1e-9) * inverse)).clamp_max(
+            ops.LARGEST
+        )
+
+    best = _descend(ratio, weight, [[np.log(start), np.log(inverse)] for inverse in (0.1, 0.5, 2.0)])
+    inverse = float(best[1].exp()) / max(middle, 1e-9)
+    return float(best[0].exp() * np.exp(middle * inverse)), 1 / inverse
+
+
+def fit_logistic(ratio: Tensor, distances: Tensor) -> tuple[float, float, float]:
+    """Return (λ₀, c, τ) of λ(d) = min(λ₀ σ((c − d) / τ), 1 − 10⁻⁴)."""
+    middle = max(float(distances.median()), 1e-9)
+    start = min(max(best_weight(ratio), 0.02), 0.98)
+
+    def weight(parameters: Tensor) -> Tensor:
+        scale, center, length = parameters[0].sigmoid(), parameters[1] * middle, parameters[2].exp() * middle
+        return ops.logistic_weight(distances.double(), scale, center, length)
+
+    logit = np.log(start / (1 - start))
+    starts = [[logit + 1, center, np.log(length)] for center in (1.0, 2.0) for length in (0.2, 1.0)]
+    best = _descend(ratio, weight, starts)
+    scale, center, length = best[0].sigmoid(), best[1] * middle, best[2].exp() * middle
+    return float(scale), float(center), float(length)
+
+
+def _descend(ratio: Tensor, weight: Callable[[Tensor], Tensor], starts: list[list[float]]) -> Tensor:
+    """Return the parameters, of those reached from several starts by L-BFGS, with the best likelihood."""
+    reached = []
+    for start in starts:
+        parameters = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss(parameters: Tensor = parameters, optimizer: torch.optim.LBFGS = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            value = -gain(ratio, weight(parameters)).mean()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        with torch.no_grad():
+            value = float(-gain(ratio, weight(parameters)).mean())
+        if np.isfinite(value):
+            reached.append((value, parameters.detach()))
+    return min(reached, key=lambda item: item[0])[1]
