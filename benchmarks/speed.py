@@ -86,7 +86,7 @@ def sequences(lm: LanguageModel, split: str, tokens: int) -> list[np.ndarray]:
 
 def standard_library_text(split: str) -> list[memlm.Document]:
     """Documents of one split of the demo, whole."""
-    return list(standard_library(scale=4)[split])
+    return list(standard_library(scale=6)[split])
 
 
 def timed(work: Callable[[], Any], repeats: int = 3) -> float:

@@ -19,7 +19,7 @@ from . import _common as common
 
 # Tests and other people's packages; "encodings" holds many tables that are nearly the same
 _LEFT_OUT = ("test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages", "pydoc_data")
-_SIZES = {"train": 800_000, "valid": 24_000, "test": 48_000}  # characters
+_SIZES = {"train": 600_000, "valid": 24_000, "test": 48_000}  # characters
 _FILE = {"train": 60_000, "valid": 4_000, "test": 4_000}  # characters taken of one file at most
 _SMALLEST = 1_000  # characters of a file that are worth taking
 _TUNED_TOKENS = 8_000
