@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..datastore._manifest import Part
 
 _TRAINING_KEYS_A_LIST = 48  # FAISS warns below 39
-_TARGET_RECALL = 0.985  # from .98 on, perplexity is that of exact search to a thousandth of a nat
+_TARGET_RECALL = 0.985
 _SAMPLE = 256  # queries on which recall is measured
 _RERANK_FACTOR = 2
 _FETCHED_AT_ONCE = 1 << 24  # proposals of one search without selector

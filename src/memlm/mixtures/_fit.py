@@ -17,6 +17,7 @@ from .. import ops
 
 _BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _FOLDS = 5
+_STEEPEST = 60.0  # median distance / τ, at most: λ₀ must fit into a float32
 
 
 def gain(ratio: Tensor, weight: Tensor | float) -> Tensor:
@@ -85,13 +86,13 @@ def fit_exponential(ratio: Tensor, distances: Tensor) -> tuple[float, float]:
     start = max(best_weight(ratio), 1e-3)
 
     def weight(parameters: Tensor) -> Tensor:
-        at_middle, inverse = parameters[0].exp(), parameters[1].exp()
+        at_middle, inverse = parameters[0].exp(), parameters[1].exp().clamp_max(_STEEPEST)
         return (at_middle * torch.exp((middle - distances.double()) / max(middle, 1e-9) * inverse)).clamp_max(
             ops.LARGEST
         )
 
     best = _descend(ratio, weight, [[np.log(start), np.log(inverse)] for inverse in (0.1, 0.5, 2.0)])
-    inverse = float(best[1].exp()) / max(middle, 1e-9)
+    inverse = min(float(best[1].exp()), _STEEPEST) / max(middle, 1e-9)
     return float(best[0].exp() * np.exp(middle * inverse)), 1 / inverse
 
 
