@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from memlm import KnnMixture, ops
 from memlm.errors import ConfigError
-from memlm.evaluation._families import FITS, choose, fit, log_probs, prepare
-from memlm.evaluation._retrieval import Retrieved
-from memlm.mixtures import BucketMixture, ExponentialMixture, LogisticMixture, load_mixture
+from memlm.mixtures import BucketMixture, ExponentialMixture, HeldOut, LogisticMixture, choose, fit, load_mixture
+from memlm.mixtures._families import CURVES
 from memlm.mixtures._fit import choose_buckets, fit_buckets, fit_exponential, fit_logistic
-from test_mixtures import VOCABULARY, rows, temperatures
+from test_mixtures import VOCABULARY, evidence, rows, temperatures
 
 KINDS = {
     "buckets": BucketMixture(edges=(3.0, 8.0), bucket_weights=(0.9, 0.5, 0.1), temperature=2.0, k=9),
@@ -45,15 +44,15 @@ def test_curves_are_their_equations():
 def test_every_kind_is_a_distribution(kind, case, temperature):
     mixture = dataclasses.replace(KINDS[kind], temperature=temperature)
     lm, distances, tokens, present = case
-    mixed = mixture.log_probs(*case)
+    mixed = mixture.log_probs(case[0], evidence(*case[1:]))
     np.testing.assert_allclose(mixed.double().exp().sum(dim=1), 1, atol=1e-5)
     alone = ~present.any(dim=1)
     np.testing.assert_allclose(mixed[alone], lm[alone], atol=1e-6)
     for target in range(VOCABULARY):
-        one = mixture.target_log_probs(lm[:, target], torch.full((len(lm),), target), *case[1:])
+        one = mixture.target_log_probs(lm[:, target], torch.full((len(lm),), target), evidence(*case[1:]))
         np.testing.assert_allclose(one.exp(), mixed[:, target].exp(), rtol=1e-4, atol=1e-6)
     order = torch.randperm(tokens.shape[1])
-    permuted = mixture.log_probs(lm, distances[:, order], tokens[:, order], present[:, order])
+    permuted = mixture.log_probs(lm, evidence(distances[:, order], tokens[:, order], present[:, order]))
     np.testing.assert_allclose(permuted.exp(), mixed.exp(), atol=1e-5)
 
 
@@ -65,7 +64,7 @@ def test_a_weight_that_vanishes_leaves_the_model(case, weight):
         LogisticMixture(scale=1e-7, center=5.0, length=5.0, temperature=2.0, k=9),
     ]
     for mixture in vanishing:
-        np.testing.assert_allclose(mixture.log_probs(*case).exp(), case[0].exp(), atol=1e-5)
+        np.testing.assert_allclose(mixture.log_probs(case[0], evidence(*case[1:])).exp(), case[0].exp(), atol=1e-5)
 
 
 def drawn(curve, n=20_000, seed=0):
@@ -111,32 +110,20 @@ def retrieved(n=4000, k=4, seed=0):
     right = torch.rand(n, generator=generator) < (0.9 * torch.exp(-nearest[:, 0] / 8))
     tokens = torch.where(right, targets, (targets + 1) % 50)[:, None].repeat(1, k)
     lm = torch.where(right, 0.05, 0.5).log()
-    return Retrieved(
-        rows=torch.arange(n),
-        targets=targets,
-        lm_log_probs=lm,
-        distances=distances,
-        tokens=tokens,
-        present=torch.ones(n, k, dtype=torch.bool),
-        model_seconds=1.0,
-        search_seconds=1.0,
-    )
+    return HeldOut(targets, lm, evidence(distances, tokens, torch.ones(n, k, dtype=torch.bool)), np.arange(n) // 100)
 
 
 def test_a_pass_is_fitted_and_the_gain_goes_when_weights_are_shuffled():
     train, test = retrieved(), retrieved(seed=1)
-    groups = np.arange(4000) // 100
     best = KnnMixture(interpolation_weight=0.3, temperature=5.0, k=4)
-    prepared = prepare(train, groups, best)
-    scores = {kind: float(log_probs(fit(kind, prepared), test).mean()) for kind in FITS}
+    scores = {kind: float(test.log_probs(fit(kind, train, best)).mean()) for kind in CURVES}
     assert min(scores[kind] for kind in ("buckets", "exponential", "logistic")) > scores["knn"] + 0.05
     assert scores["exponential"] >= max(scores.values()) - 0.01
-    assert choose(prepared) in ("exponential", "logistic")
-    mixture = fit("exponential", prepared)
-    weights = mixture.weights(test.distances, test.present)
-    shuffled = weights[torch.randperm(len(weights), generator=torch.Generator().manual_seed(0))]
-    shares = ops.knn_log_weights(test.distances, temperature=mixture.temperature)
-    memory = ops.knn_target_log_probs(shares, test.tokens, test.targets)
+    assert choose(train, best) in ("exponential", "logistic")
+    mixture = fit("exponential", train, best)
+    weights, (shares,) = mixture.mix(test.evidence)
+    shuffled = weights[torch.randperm(len(weights), generator=torch.Generator().manual_seed(0)), 0]
+    memory = ops.knn_target_log_probs(shares, test.evidence.memories[0].tokens, test.targets)
     assert float(ops.interpolate(test.lm_log_probs, memory, shuffled).mean()) < scores["knn"]
 
 

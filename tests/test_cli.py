@@ -105,7 +105,9 @@ def test_a_weight_by_distance_is_tuned_and_taken_by_every_verb(world, lm, tmp_pa
     tuned = run("tune", world.model, world.memory, world.texts / "valid", "--mixture", kind, "--save", saved, "--json")
     report = json.loads(tuned.out)
     mixture = load_mixture(saved)
-    assert (report["mixture"], mixture.kind) == (json.loads(saved.read_text()), report["mixture"]["kind"])
+    written = json.loads(saved.read_text())
+    assert len(written.pop("fitted_with")) == 1
+    assert (report["mixture"], mixture.kind) == (written, report["mixture"]["kind"])
     assert kind in (mixture.kind, "auto")
     result = run("eval", world.model, world.memory, world.texts / "test", "--mixture", saved, "--json")
     alone, mixed = (item["perplexity"] for item in json.loads(result.out)["results"])
@@ -122,7 +124,7 @@ def test_default_k_of_a_small_datastore_is_all_of_it(world, tmp_path):
     run("build", world.model, tmp_path / "short.txt", "-o", tmp_path / "memory")
     options = [world.texts / "test", "--lambda", "0.5", "--temperature", "10", "--json"]
     settings = json.loads(run("eval", world.model, tmp_path / "memory", *options).out)["settings"]
-    assert settings["mixture"]["k"] == settings["memory"]["entries"] < 1024
+    assert settings["mixture"]["k"] == settings["memories"][0]["entries"] < 1024
     assert run("tune", world.model, tmp_path / "memory", world.texts / "valid").code == 0
 
 

@@ -13,15 +13,17 @@ import memlm
 
 ROOT = Path(memlm.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
-EVERYWHERE = {"errors", "files", "progress", ""}
+EVERYWHERE = {"errors", "evidence", "files", "progress", ""}
 # Package → the parts of memlm that it may import; "" is memlm itself, for its version
 ALLOWED = {
     "ops": set(),
-    "documents": EVERYWHERE,
+    "cache": {"errors", "evidence"},
+    "documents": EVERYWHERE - {"evidence"},
+    "evidence": set(),
     "mixtures": EVERYWHERE | {"ops"},
     "index": EVERYWHERE | {"neighbors", "datastore"},
     "datastore": EVERYWHERE | {"neighbors", "documents", "index"},
-    "models": EVERYWHERE | {"documents", "ops"},
+    "models": EVERYWHERE | {"cache", "documents", "ops"},
 }
 
 

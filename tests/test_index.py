@@ -8,6 +8,7 @@ import pytest
 from fake_encoder import FakeEncoder, random_documents
 from memlm import Datastore, KnnMixture
 from memlm.errors import ConfigError, ShapeError
+from memlm.evidence import Evidence
 from memlm.index import _exact, _faiss
 
 DOCUMENTS = random_documents(12, 130)
@@ -153,11 +154,11 @@ def test_neighbors_that_were_not_found_are_absent(indexed, queries):
         assert found.present.any(axis=1).all()
         assert not found.present.all(axis=1).any()
         all_absent_last(found)
-        distances, tokens, present = memory.lookup(queries, len(memory))
-        assert tokens.min() >= 0
+        looked_up = memory.lookup(queries, len(memory))
+        assert looked_up.tokens.min() >= 0
         mixture = KnnMixture(interpolation_weight=0.9, temperature=1.0, k=len(memory))
-        lm = distances.new_zeros(60, 200).log_softmax(dim=-1)
-        probabilities = mixture.log_probs(lm, distances, tokens, present).exp()
+        lm = looked_up.distances.new_zeros(60, 200).log_softmax(dim=-1)
+        probabilities = mixture.log_probs(lm, Evidence((looked_up,))).exp()
         assert probabilities.sum(dim=1).numpy() == pytest.approx(np.ones(60), abs=1e-5)
 
 

@@ -11,9 +11,17 @@ from hypothesis import strategies as st
 
 from memlm import KnnMixture
 from memlm.errors import ConfigError
+from memlm.evidence import Evidence, Found
 from memlm.mixtures import load_mixture
 
 VOCABULARY = 11
+
+
+def evidence(distances, tokens, present):
+    """One memory's neighbors, without beliefs."""
+    return Evidence((Found(distances, tokens, present, torch.zeros_like(tokens)),))
+
+
 weights = st.floats(0, 1)
 temperatures = st.sampled_from([1e-3, 1.0, 50.0])
 
@@ -37,7 +45,7 @@ def mixture(weight=0.5, temperature=1.0, k=9):
 @given(rows(), weights, temperatures)
 def test_the_mixture_is_the_equation_and_sums_to_one(case, weight, temperature):
     lm, distances, tokens, present = case
-    mixed = mixture(weight, temperature).log_probs(*case).double().exp().numpy()
+    mixed = mixture(weight, temperature).log_probs(case[0], evidence(*case[1:])).double().exp().numpy()
     np.testing.assert_allclose(mixed.sum(axis=1), 1, atol=1e-5)
     for row in range(len(lm)):
         here = present[row].numpy()
@@ -54,32 +62,36 @@ def test_the_mixture_is_the_equation_and_sums_to_one(case, weight, temperature):
 @given(rows(), weights, temperatures)
 def test_one_token_alone_has_the_probability_that_it_has_in_the_whole(case, weight, temperature):
     lm, *found = case
-    whole = mixture(weight, temperature).log_probs(*case)
+    whole = mixture(weight, temperature).log_probs(case[0], evidence(*case[1:]))
     for target in range(VOCABULARY):
         targets = torch.full((len(lm),), target)
-        one = mixture(weight, temperature).target_log_probs(lm[:, target], targets, *found)
+        one = mixture(weight, temperature).target_log_probs(lm[:, target], targets, evidence(*found))
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, whole[:, target], rtol=1e-5, atol=1e-4)
 
 
 @given(rows())
 def test_weight_zero_is_the_model_to_the_bit(case):
-    assert mixture(0.0).log_probs(*case).equal(case[0])
+    assert mixture(0.0).log_probs(case[0], evidence(*case[1:])).equal(case[0])
 
 
 @given(rows(present=0.0), weights)
 def test_without_neighbors_the_mixture_is_the_model_to_the_bit(case, weight):
     lm, *found = case
-    assert mixture(weight).log_probs(*case).equal(lm)
-    assert mixture(weight).target_log_probs(lm[:, 0], torch.zeros(len(lm), dtype=torch.long), *found).equal(lm[:, 0])
+    assert mixture(weight).log_probs(case[0], evidence(*case[1:])).equal(lm)
+    assert (
+        mixture(weight)
+        .target_log_probs(lm[:, 0], torch.zeros(len(lm), dtype=torch.long), evidence(*found))
+        .equal(lm[:, 0])
+    )
 
 
 @given(rows(), st.integers(0, 2**32))
 def test_permuting_neighbors_changes_nothing(case, seed):
     lm, *found = case
     order = torch.randperm(found[0].shape[1], generator=torch.Generator().manual_seed(seed))
-    other = mixture(0.7).log_probs(lm, *(part[:, order] for part in found))
-    torch.testing.assert_close(mixture(0.7).log_probs(*case), other, rtol=1e-5, atol=1e-5)
+    other = mixture(0.7).log_probs(lm, evidence(*(part[:, order] for part in found)))
+    torch.testing.assert_close(mixture(0.7).log_probs(case[0], evidence(*case[1:])), other, rtol=1e-5, atol=1e-5)
 
 
 @given(rows(), st.integers(0, 10), st.sampled_from([0.0, 3.0, math.inf]))
@@ -87,13 +99,15 @@ def test_what_stands_in_absent_places_changes_nothing(case, token, distance):
     lm, distances, tokens, present = case
     assume(not present.all())
     others = distances.where(present, distance), tokens.where(present, token)
-    torch.testing.assert_close(mixture(0.7).log_probs(lm, *others, present), mixture(0.7).log_probs(*case))
+    torch.testing.assert_close(
+        mixture(0.7).log_probs(lm, evidence(*others, present)), mixture(0.7).log_probs(case[0], evidence(*case[1:]))
+    )
 
 
 @given(rows(present=1.0))
 def test_weight_one_is_the_memory_alone(case):
     lm, _, tokens, _ = case
-    probabilities = mixture(1.0).log_probs(*case).exp()
+    probabilities = mixture(1.0).log_probs(case[0], evidence(*case[1:])).exp()
     named = torch.zeros_like(lm, dtype=torch.bool).scatter_(1, tokens, True)
     assert bool((probabilities[~named] == 0).all())
 

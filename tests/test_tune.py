@@ -1,6 +1,5 @@
 """Tuning: planted optima are found, useless memories refused, intervals cover."""
 
-import dataclasses
 import json
 import math
 import warnings
@@ -18,19 +17,20 @@ from memlm.evaluation._retrieval import Retrieved
 from memlm.evaluation._tune import tune_cached
 from memlm.mixtures import best_weight
 from memlm.models import LanguageModel
+from test_mixtures import evidence
 from tiny_memories import TEXTS, bare_tokenizer, documents, lm_of, store
 from tiny_models import tiny_model
 
 
 def planted(lm_log_probs, targets, distances, tokens, present=None):
     shape = np.shape(distances)
+    present = torch.ones(shape, dtype=torch.bool) if present is None else torch.as_tensor(present)
     return Retrieved(
         rows=torch.arange(shape[0]),
         targets=torch.as_tensor(targets),
         lm_log_probs=torch.as_tensor(lm_log_probs, dtype=torch.float32).expand(shape[0]),
-        distances=torch.as_tensor(distances, dtype=torch.float32),
-        tokens=torch.as_tensor(tokens),
-        present=torch.ones(shape, dtype=torch.bool) if present is None else torch.as_tensor(present),
+        evidence=evidence(torch.as_tensor(distances, dtype=torch.float32), torch.as_tensor(tokens), present),
+        searched=1.0,
         model_seconds=0.0,
         search_seconds=0.0,
     )
@@ -79,13 +79,10 @@ def test_planted_k_is_found():
 
 
 def test_absent_neighbors_do_not_count():
-    cached = planted(math.log(0.1), np.full(400, 7), np.ones((400, 4)), np.full((400, 4), 8))
-    present = torch.zeros((400, 4), dtype=torch.bool)
+    present, tokens = np.zeros((400, 4), bool), np.full((400, 4), 8)
     present[:300, 0] = True
-    cached.tokens[:300, 0] = torch.where(torch.arange(300) % 3 > 0, 7, 8)
-    report = tuned(
-        dataclasses.replace(cached, present=present, distances=cached.distances.masked_fill(~present, torch.inf))
-    )
+    tokens[:300, 0] = np.where(np.arange(300) % 3 > 0, 7, 8)
+    report = tuned(planted(math.log(0.1), np.full(400, 7), np.where(present, 1.0, np.inf), tokens, present))
     expected = 2 / 3 - 1 / 27  # rows without neighbors have no say, the others see one neighbor each
     assert report.mixture.interpolation_weight == pytest.approx(expected, abs=1e-4)
     gain = 2 / 3 * math.log(expected * 9 + 1) + 1 / 3 * math.log(1 - expected)

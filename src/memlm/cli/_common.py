@@ -84,11 +84,12 @@ def open_all(
     """Open a datastore, load its model and take the settings: what is quick to check comes first."""
     settings = load_mixture(mixture, weight, temperature, k)
     from ..datastore import Datastore
+    from ..mixtures import KnnMixture
 
     memory = Datastore(datastore)
-    if mixture is None and k is None:
+    if mixture is None and k is None and isinstance(settings, KnnMixture):
         settings = dataclasses.replace(settings, k=min(settings.k, len(memory)))
-    check_k(settings.k, memory)
+    check_k(max(settings.ks), memory)
     return load_for(memory, model, dtype, device), memory, settings
 
 

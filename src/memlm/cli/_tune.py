@@ -16,7 +16,7 @@ def tune(
     text: common.Text,
     save: Annotated[Path | None, typer.Option(help="Write the settings here, for --mixture.")] = None,
     mixture: Annotated[
-        str, typer.Option(help="How λ is set: knn (one λ), buckets, exponential, logistic, or auto.")
+        str, typer.Option(help="knn (one λ), buckets, exponential, logistic, learned, adapter, or auto.")
     ] = "knn",
     max_k: Annotated[int | None, typer.Option(help="Most neighbors a token; 1,024, or all, by default.")] = None,
     max_tokens: common.MaxTokens = 20_000,
@@ -39,5 +39,5 @@ def tune(
     report = tune_report(lm, memory, [str(path) for path in text], **settings)
     common.emit({**report.to_dict(), "grid": report.grid}, report.verdict(), json)
     if save is not None:
-        report.mixture.save(save)
+        report.mixture.save(save, [memory.manifest.content_sha256])
         common.note(f"settings written to {save}")

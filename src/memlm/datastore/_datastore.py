@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DatastoreCorrupt, ShapeError
+from ..evidence import Found
 from ..index import Index, build_index, check_factory, open_index
 from ..neighbors import Neighbors
 from ._build import Encoder, build_segments
@@ -196,13 +197,27 @@ class Datastore:
             raise DatastoreCorrupt(f"the index of {self.path} names entries that do not exist; rebuild it")
         return found
 
-    def lookup(
-        self, queries: npt.NDArray[np.float32], k: int, exclude: npt.NDArray[np.int64] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Find the nearest entries' distances, values and presence, as tensors of shape (n, k)."""
+    def lookup(self, queries: npt.NDArray[np.float32], k: int, exclude: npt.NDArray[np.int64] | None = None) -> Found:
+        """Find the nearest entries with their values, as tensors of shape (n, k); see `search`."""
         found = self.search(queries, k, exclude)
         tokens = self.values[found.entries].astype(np.int64)
-        return torch.from_numpy(found.distances), torch.from_numpy(tokens), torch.from_numpy(found.present)
+        distances, present = torch.from_numpy(found.distances), torch.from_numpy(found.present)
+        return Found(distances, torch.from_numpy(tokens), present, torch.from_numpy(found.entries))
+
+    def statistics(self) -> Tensor:
+        """Return log(1 + occurrences) and log(1 + different successors) of every token within the stored documents.
+
+        Returns:
+            float32, shape (vocabulary, 2).
+        """
+        size = self.manifest.tokenizer["vocab_size"]
+        inside = np.ones(len(self), bool)
+        inside[[first for first, stop in self.entry_ranges() if first < stop]] = False  # no token stored before it
+        places = np.flatnonzero(inside)
+        before, after = self.values[places - 1].astype(np.int64), self.values[places].astype(np.int64)
+        pairs = np.unique(before * size + after)
+        counts = np.stack([np.bincount(before, minlength=size), np.bincount(pairs // size, minlength=size)], axis=1)
+        return torch.from_numpy(np.log1p(counts).astype(np.float32))
 
     def document_range(self, text: str) -> tuple[int, int]:
         """Return the entries [from, to) of the document with this very text; (0, 0) if it is not stored."""

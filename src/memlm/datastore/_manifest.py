@@ -123,6 +123,12 @@ class Manifest:
         """Documents in all segments."""
         return sum(segment.details["documents"] for segment in self.segments)
 
+    @property
+    def content_sha256(self) -> str:
+        """Fingerprint of everything stored, whatever the index: the same for every copy."""
+        files = {part.name: {name: file["sha256"] for name, file in part.files.items()} for part in self.segments}
+        return content_sha256({"encoder": self.encoder["sha256"], "segments": files})
+
     def publish(self, path: Path) -> None:
         """Make this the current version of the datastore at `path`, in one step."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}

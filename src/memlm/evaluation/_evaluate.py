@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..cache import Cache
 from ..datastore import Datastore
 from ..mixtures import Mixture
 from ..models import LanguageModel
 from ._bootstrap import Interval, paired_bootstrap
-from ._retrieval import Text, retrieve
+from ._retrieval import Text, as_memories, retrieve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,7 @@ class Result:
     """One method on a text.
 
     Attributes:
-        method: "lm" or the mixture's kind.
+        method: "lm" or the kind of the mixture.
         nats: Total negative log likelihood.
         tokens: Targets scored, the end of every document included.
         words: White-space separated words in the text.
@@ -131,7 +132,7 @@ class Evaluation:
 def evaluate(
     lm: LanguageModel,
     source: Any,
-    memory: Datastore,
+    memory: Any,
     mixture: Mixture,
     *,
     max_tokens: int | None = None,
@@ -146,7 +147,7 @@ def evaluate(
         lm: The model that made the datastore's keys.
         source: Text neither stored in the datastore nor tuned on; documents that are stored do not see their own
             entries.
-        memory: The datastore.
+        memory: A datastore, a cache, or a list of those, as the mixture expects.
         mixture: How to mix.
         max_tokens: Targets scored; None scores all.
         leave_out_own: False lets a stored document find itself, which measures nothing but that storing works.
@@ -159,13 +160,21 @@ def evaluate(
     text = Text(lm, source, max_tokens)
     targets = np.zeros(text.tokens, np.int64)
     lm_log_probs, log_probs = np.zeros(text.tokens), np.zeros(text.tokens)
-    model_seconds = memory_seconds = 0.0
-    batches = retrieve(lm, text, memory, mixture.k, leave_out_own=leave_out_own, show_progress=show_progress)
+    model_seconds = memory_seconds = searched = 0.0
+    batches = retrieve(
+        lm,
+        text,
+        memory,
+        mixture.ks,
+        beliefs=mixture.needs_belief,
+        wanted=mixture.wanted if mixture.skips else None,
+        leave_out_own=leave_out_own,
+        show_progress=show_progress,
+    )
     for batch in batches:
         started = time.perf_counter()
-        mixed = mixture.target_log_probs(
-            batch.lm_log_probs, batch.targets, batch.distances, batch.tokens, batch.present
-        )
+        mixed = mixture.target_log_probs(batch.lm_log_probs, batch.targets, batch.evidence)
+        searched += batch.searched * len(batch.rows)
         memory_seconds += batch.search_seconds + time.perf_counter() - started
         model_seconds += batch.model_seconds
         rows = batch.rows.numpy()
@@ -176,7 +185,12 @@ def evaluate(
     return Evaluation(
         results=(
             Result(method="lm", nats=-float(lm_log_probs.sum()), seconds=model_seconds, **sizes),
-            Result(method="knn-lm", nats=-float(log_probs.sum()), seconds=model_seconds + memory_seconds, **sizes),
+            Result(
+                method="knn-lm" if mixture.kind == "knn" else mixture.kind,
+                nats=-float(log_probs.sum()),
+                seconds=model_seconds + memory_seconds,
+                **sizes,
+            ),
         ),
         gain=paired_bootstrap(difference, documents),
         helped=float((difference > 0.01).mean()),
@@ -184,14 +198,25 @@ def evaluate(
         settings={
             "mixture": mixture.to_dict(),
             "windows": {"context": lm.windows.context, "stride": lm.windows.stride},
-            "memory": {"path": str(memory.path), "entries": len(memory), "windows": memory.manifest.windows},
-            "index": memory.index.details,
+            "memories": [_describe(item) for item in as_memories(memory)],
+            "searched": searched / text.tokens,
         },
         targets=targets,
         lm_log_probs=lm_log_probs,
         log_probs=log_probs,
         documents=documents,
     )
+
+
+def _describe(memory: Datastore | Cache) -> dict[str, Any]:
+    if isinstance(memory, Cache):
+        return {"cache": memory.length}
+    return {
+        "path": str(memory.path),
+        "entries": len(memory),
+        "windows": memory.manifest.windows,
+        "index": memory.index.details,
+    }
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,17 @@ import torch
 from .. import ops
 from ..datastore import Datastore
 from ..documents import Document
+from ..evidence import Evidence
 from ..mixtures import Mixture
 from ..models import LanguageModel
 from ._explanation import ExplainedToken, Explanation, Source
-from ._retrieval import check_same
+from ._retrieval import Memory, Retrieved, Text, as_memories, retrieve
 
 
 def explain(
     lm: LanguageModel,
     text: str,
-    memory: Datastore,
+    memory: Any,
     mixture: Mixture,
     *,
     sources: int = 5,
@@ -33,7 +35,7 @@ def explain(
     Args:
         lm: The model that made the datastore's keys.
         text: What to explain; it is scored as one document, as `evaluate` would.
-        memory: The datastore.
+        memory: A datastore, a cache, or a list of those, as the mixture expects.
         mixture: How to mix.
         sources: Neighbors shown a token, the heaviest first; as many again that agree with the text.
         title: Shown above the text.
@@ -44,34 +46,40 @@ def explain(
     Raises:
         DatastoreMismatch: The datastore was built with another model, tokenizer or key site.
     """
-    check_same(lm, memory)
-    tokenized = lm.tokenize(Document(id="text", text=text))
+    memories = as_memories(memory)
+    document = Document(id="text", text=text)
+    tokenized = lm.tokenize(document)
     length = len(tokenized.ids)
     explained: list[ExplainedToken | None] = [None] * max(0, length - 1)
-    own = np.array([memory.document_range(text) if leave_out_own else (0, 0)])
-    for batch in lm.score([tokenized.ids]):
-        queries = batch.keys.float().cpu().numpy()
-        found = memory.search(queries, mixture.k, own.repeat(len(queries), axis=0) if own.any() else None)
-        tokens = torch.from_numpy(memory.values[found.entries].astype(np.int64))
-        distances, present = torch.from_numpy(found.distances), torch.from_numpy(found.present)
-        log_weights = ops.knn_log_weights(distances, present, temperature=mixture.temperature)
-        memory_log_probs = ops.knn_target_log_probs(log_weights, tokens, batch.targets)
-        weights = mixture.weights(distances, present)
-        mixed = mixture.target_log_probs(batch.log_probs, batch.targets, distances, tokens, present)
+    settings = {"beliefs": mixture.needs_belief, "leave_out_own": leave_out_own, "show_progress": False}
+    wanted = mixture.wanted if mixture.skips else None
+    batches: Iterable[Retrieved] = ()
+    if length > 1:
+        batches = retrieve(lm, Text(lm, document), memories, mixture.ks, wanted=wanted, **settings)
+    for batch in batches:
+        mix = mixture.mix(batch.evidence)
+        # each memory's p, (n, memories), and what all of them say together
+        likelihoods = torch.stack(
+            [
+                ops.knn_target_log_probs(shares, found.tokens, batch.targets).exp()
+                for shares, found in zip(mix.log_shares, batch.evidence.memories, strict=True)
+            ],
+            dim=1,
+        )
+        total = mix.weights.sum(dim=1)
+        parts = mix.weights / total.clamp_min(1e-30)[:, None] if len(memories) > 1 else torch.ones_like(mix.weights)
+        mixed = mixture.target_log_probs(batch.lm_log_probs, batch.targets, batch.evidence)
+        shares = torch.cat([share.exp() * parts[:, [place]] for place, share in enumerate(mix.log_shares)], dim=1)
         for line, row in enumerate(batch.rows.tolist()):
             explained[row] = ExplainedToken(
                 text=_token_text(tokenized, row + 1),
-                lm=math.exp(batch.log_probs[line]),
-                memory=math.exp(memory_log_probs[line]),
+                lm=math.exp(batch.lm_log_probs[line]),
+                memory=float((likelihoods[line] * parts[line]).sum()),
                 mixture=math.exp(mixed[line]),
-                weight=float(weights[line]),
+                weight=float(total[line]),
+                weights=tuple(mix.weights[line].tolist()),
                 sources=_sources(
-                    memory,
-                    found.entries[line],
-                    log_weights[line],
-                    distances[line],
-                    tokens[line] == batch.targets[line],
-                    sources,
+                    memories, batch.evidence, line, shares[line], int(batch.targets[line]), sources, tokenized
                 ),
             )
     tokens_out = [token for token in explained if token is not None]
@@ -86,14 +94,13 @@ def explain(
     if generated_from is not None:
         stops = tokenized.spans[first_scored : first_scored + len(tokens_out), 1]
         start = int(np.searchsorted(stops, generated_from, side="right"))
-    settings: dict[str, Any] = {
+    shown: dict[str, Any] = {
         "model": lm.name,
         "mixture": mixture.describe(),
-        "temperature": float(f"{mixture.temperature:.4g}"),
-        "k": mixture.k,
-        "memory": f"{len(memory):,} entries, {memory.manifest.documents:,} documents",
+        "k": " + ".join(f"{k:,}" for k in mixture.ks),
+        "memory": " + ".join(_describe(item) for item in memories),
     }
-    return Explanation(tuple(tokens_out), title or "Explained text", start, settings)
+    return Explanation(tuple(tokens_out), title or "Explained text", start, shown)
 
 
 def _token_text(tokenized: Any, place: int) -> str:
@@ -102,22 +109,48 @@ def _token_text(tokenized: Any, place: int) -> str:
     return tokenized.document.text[start : tokenized.spans[place, 1]]
 
 
+def _describe(memory: Memory) -> str:
+    if isinstance(memory, Datastore):
+        return f"{len(memory):,} entries, {memory.manifest.documents:,} documents"
+    return f"the last {len(memory):,} tokens"
+
+
 def _sources(
-    memory: Datastore,
-    entries: np.ndarray,
-    log_weights: torch.Tensor,
-    distances: torch.Tensor,
-    agrees: torch.Tensor,
+    memories: list[Memory],
+    evidence: Evidence,
+    line: int,
+    shares: torch.Tensor,
+    target: int,
     count: int,
+    tokenized: Any,
 ) -> tuple[Source, ...]:
     """Return the heaviest neighbors, and the heaviest of those that agree with the text, which make its support."""
-    shares = log_weights.exp()
+    memory_of = torch.cat([torch.full((f.tokens.shape[1],), place) for place, f in enumerate(evidence.memories)])
+    entries, tokens, distances = (
+        torch.cat([getattr(found, name)[line] for found in evidence.memories])
+        for name in ("entries", "tokens", "distances")
+    )
     heaviest = shares.argsort(descending=True)
+    agrees = tokens == target
     chosen = {*heaviest[:count].tolist(), *heaviest[agrees[heaviest]][:count].tolist()}
     result = []
     for place in sorted(chosen, key=lambda place: -shares[place]):
         if shares[place] > 0:
-            origin = memory.provenance(int(entries[place]))
-            texts = {"document": origin.document, "before": origin.before, "token": origin.token, "after": origin.after}
+            texts = _origin(memories[int(memory_of[place])], int(entries[place]), tokenized)
             result.append(Source(**texts, share=float(shares[place]), distance=float(distances[place])))
     return tuple(result)
+
+
+def _origin(memory: Memory, entry: int, tokenized: Any, context: int = 60) -> dict[str, str]:
+    """Tell where an entry comes from, with the text around it."""
+    if isinstance(memory, Datastore):
+        origin = memory.provenance(entry)
+        return {name: getattr(origin, name) for name in ("document", "before", "token", "after")}
+    text, (start, stop) = tokenized.document.text, (int(place) for place in tokenized.spans[entry + 1])
+    start = min(start, int(tokenized.spans[entry, 1]))
+    return {
+        "document": "this text",
+        "before": text[max(0, start - context) : start],
+        "token": text[start:stop],
+        "after": text[stop : stop + context],
+    }

@@ -45,8 +45,10 @@ class ExplainedToken:
     memory: float
     mixture: float
     weight: float
-    """λ, the weight of the memory at this token."""
+    """λ, the weight of the memory at this token; of all memories, where there are several."""
     sources: tuple[Source, ...] = ()
+    weights: tuple[float, ...] = ()
+    """λ of each memory."""
 
     @property
     def scored(self) -> bool:
@@ -198,7 +200,8 @@ class Explanation:
         tokens = []
         for token in data["tokens"]:
             sources = tuple(Source(**filled(source)) for source in token["sources"])
-            tokens.append(ExplainedToken(**filled(token) | {"sources": sources}))
+            weights = tuple(token.get("weights", ()))
+            tokens.append(ExplainedToken(**filled(token) | {"sources": sources, "weights": weights}))
         return cls(tuple(tokens), data["title"], data["generated_from"], data["settings"])
 
     def save(self, path: Path | str) -> None:

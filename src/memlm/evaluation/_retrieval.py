@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..cache import Cache
 from ..datastore import Datastore
-from ..documents import Corpus, describe
+from ..documents import Corpus, Document, describe
 from ..errors import ConfigError, CorpusError
+from ..evidence import Belief, Evidence, Found, join, join_beliefs
 from ..models import LanguageModel, ScoredBatch
 from ..progress import progress
 
 _GROUP = 1 << 15  # tokens of documents that are cut and batched together
 _SEARCHED_TOGETHER = 1 << 13  # queries
+
+Memory = Datastore | Cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +34,8 @@ class Retrieved:
         rows: Int64, shape (n,): number of each target in the corpus.
         targets: Int64, shape (n,).
         lm_log_probs: log p_LM of the targets, float32, shape (n,).
-        distances: Squared L2 to the neighbors, float32, shape (n, k).
-        tokens: Values of the neighbors, int64, shape (n, k).
-        present: Bool, shape (n, k).
+        evidence: What the memories found and, if asked for, what the model believes.
+        searched: Share of the targets for which memories were searched.
         model_seconds: Time of the model's forward pass.
         search_seconds: Time of the search.
     """
@@ -40,11 +43,15 @@ class Retrieved:
     rows: Tensor
     targets: Tensor
     lm_log_probs: Tensor
-    distances: Tensor
-    tokens: Tensor
-    present: Tensor
+    evidence: Evidence
+    searched: float
     model_seconds: float
     search_seconds: float
+
+    @property
+    def found(self) -> Found:
+        """What the first memory found."""
+        return self.evidence.memories[0]
 
 
 class Text:
@@ -52,7 +59,7 @@ class Text:
 
     Args:
         lm: Whose tokenizer to use.
-        source: Documents; anything that `Corpus` takes.
+        source: Documents; anything that `Corpus` takes, or one `Document` as it is.
         max_tokens: Take documents in an order that depends on nothing but their number until there are so many
             targets, and cut the last one; None takes everything, in order.
 
@@ -64,7 +71,7 @@ class Text:
     def __init__(self, lm: LanguageModel, source: Any, max_tokens: int | None = None) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise ConfigError(f"max_tokens is {max_tokens}; expected at least 1, or None for the whole text")
-        documents = list(Corpus(source))
+        documents = [source] if isinstance(source, Document) else list(Corpus(source))
         if max_tokens is not None:
             documents = [documents[number] for number in np.random.default_rng(0).permutation(len(documents))]
         self.ids: list[np.ndarray] = []
@@ -97,6 +104,21 @@ class Text:
         return np.repeat(np.arange(len(self.ids)), [len(ids) - 1 for ids in self.ids])
 
 
+def as_memories(memory: Any) -> list[Memory]:
+    """Return one memory or several as a list.
+
+    Raises:
+        ConfigError: It is neither a datastore nor a cache, nor a list of those.
+    """
+    memories = list(memory) if isinstance(memory, list | tuple) else [memory]
+    for item in memories:
+        if not isinstance(item, Datastore | Cache):
+            raise ConfigError(f"a memory is {item!r}; expected a Datastore, a Cache, or a list of those")
+    if not memories:
+        raise ConfigError("there is no memory in the list; expected at least one Datastore or Cache")
+    return memories
+
+
 def check_same(lm: LanguageModel, memory: Datastore) -> None:
     """Refuse a model that did not make the datastore; warn where it is fed in other windows."""
     memory.manifest.check_bound(lm.identity)
@@ -112,9 +134,11 @@ def check_same(lm: LanguageModel, memory: Datastore) -> None:
 def retrieve(
     lm: LanguageModel,
     text: Text,
-    memory: Datastore,
-    k: int,
+    memory: Any,
+    ks: Sequence[int],
     *,
+    beliefs: bool = False,
+    wanted: Callable[[Belief], Tensor | None] | None = None,
     leave_out_own: bool = True,
     show_progress: bool = True,
     description: str = "scoring",
@@ -122,17 +146,33 @@ def retrieve(
     """Score every target by the model and find its neighbors, batch by batch.
 
     Args:
-        lm: The model that made the datastore's keys.
+        lm: The model that made the keys.
         text: What to score.
-        memory: Where to search.
-        k: Neighbors a target.
-        leave_out_own: Where a document of the text is stored in the datastore, leave its entries out of its neighbors.
+        memory: Where to search: a datastore, a cache, or a list of those.
+        ks: Neighbors a target, one number a memory; a cache returns all that it remembers.
+        beliefs: Keep what the model believes in the evidence.
+        wanted: Says from beliefs for which targets to search; the others find nothing. None searches for all.
+        leave_out_own: Where a document of the text is stored in a datastore, leave its entries out of its neighbors.
         show_progress: Show rate and time left on stderr.
         description: What to call the work there.
+
+    Raises:
+        ConfigError: There are not as many ks as memories.
+        DatastoreMismatch: A datastore was built with another model, tokenizer or key site.
     """
-    check_same(lm, memory)
-    own = np.array([memory.document_range(item) if leave_out_own else (0, 0) for item in text.texts]).reshape(-1, 2)
+    memories = as_memories(memory)
+    if len(ks) != len(memories):
+        raise ConfigError(f"the mixture is for {len(ks)} memories, {len(memories)} are given; pass one for each")
+    for item in memories:
+        if isinstance(item, Datastore):
+            check_same(lm, item)
+    own = {
+        place: np.array([item.document_range(document) for document in text.texts]).reshape(-1, 2)
+        for place, item in enumerate(memories)
+        if isinstance(item, Datastore) and leave_out_own
+    }
     owners = text.document_of_target
+    whole = any(isinstance(item, Cache) for item in memories)
     with progress(description, text.tokens, show=show_progress) as advance:
         first_row = first_document = 0
         while first_document < len(text.ids):
@@ -140,27 +180,74 @@ def retrieve(
             while stop < len(text.ids) and (size == 0 or size + len(text.ids[stop]) <= _GROUP):
                 size += len(text.ids[stop])
                 stop += 1
+            group = text.ids[first_document:stop]
             started = time.perf_counter()
-            for batch in _joined(lm.score(text.ids[first_document:stop])):
+            batches = _joined(lm.score(group, beliefs=beliefs or wanted is not None))
+            past = torch.empty(0)  # with a cache, the keys of the group's targets in order
+            if whole:
+                everything = _put_together(list(batches))
+                past = everything.keys[everything.rows.argsort()]
+                batches = _split(everything)
+            for batch in batches:
                 scored = time.perf_counter()
                 rows = batch.rows + first_row
-                exclude = own[owners[rows.numpy()]]
-                found = memory.lookup(batch.keys.numpy(), k, exclude if exclude.any() else None)
+                asked = None if wanted is None or batch.belief is None else wanted(batch.belief)
+                found = []
+                for place, (item, k) in enumerate(zip(memories, ks, strict=True)):
+                    if isinstance(item, Cache):
+                        found.append(_recall(item, past, group, batch.rows))
+                    else:
+                        exclude = own[place][owners[rows.numpy()]] if place in own else None
+                        found.append(_lookup(item, batch.keys, k, exclude, asked))
                 searched = time.perf_counter()
                 yield Retrieved(
                     rows=rows,
                     targets=batch.targets,
                     lm_log_probs=batch.log_probs,
-                    distances=found[0],
-                    tokens=found[1],
-                    present=found[2],
+                    evidence=Evidence(tuple(found), batch.belief if beliefs else None),
+                    searched=1.0 if asked is None else float(asked.float().mean()),
                     model_seconds=scored - started,
                     search_seconds=searched - scored,
                 )
                 advance(len(rows))
                 started = time.perf_counter()
-            first_row += sum(len(ids) - 1 for ids in text.ids[first_document:stop])
+            first_row += sum(len(ids) - 1 for ids in group)
             first_document = stop
+
+
+def _lookup(memory: Datastore, keys: Tensor, k: int, exclude: np.ndarray | None, asked: Tensor | None) -> Found:
+    """Search a datastore for those targets that ask for it."""
+    if exclude is not None and not exclude.any():
+        exclude = None
+    if asked is None:
+        return memory.lookup(keys.numpy(), k, exclude)
+    result = Found.nothing(len(keys), k)
+    if asked.any():
+        found = memory.lookup(keys[asked].numpy(), k, None if exclude is None else exclude[asked.numpy()])
+        for whole, part in zip(result[:4], found[:4], strict=True):
+            whole[asked] = part
+    return result
+
+
+def _recall(cache: Cache, keys: Tensor, documents: list[np.ndarray], rows: Tensor) -> Found:
+    """Let some targets (consecutive rows) look back, each within its own document; `keys` are those of all rows."""
+    parts, start = [], 0
+    first, stop = int(rows[0]), int(rows[-1]) + 1
+    for ids in documents:
+        end = start + len(ids) - 1
+        if start < stop and first < end:
+            tokens = torch.from_numpy(ids[:-1])
+            parts.append(cache.recall(keys[start:end], tokens, max(first, start) - start, min(stop, end) - start))
+        start = end
+    return Found(*(torch.cat(columns) for columns in zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+
+def _split(batch: ScoredBatch) -> Iterator[ScoredBatch]:
+    """Cut a batch into smaller ones, in the order of the text."""
+    for rows in batch.rows.argsort().split(_SEARCHED_TOGETHER):
+        belief = None if batch.belief is None else Belief(*(part[rows] for part in batch.belief))
+        rest = batch.rows[rows], batch.targets[rows], batch.log_probs[rows], batch.keys[rows]
+        yield ScoredBatch(*rest, belief)
 
 
 def _joined(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:
@@ -169,22 +256,39 @@ def _joined(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:
     for batch in batches:
         waiting.append(batch._replace(keys=batch.keys.float().cpu()))
         if sum(len(part.rows) for part in waiting) >= _SEARCHED_TOGETHER:
-            yield ScoredBatch(*(torch.cat(parts) for parts in zip(*waiting, strict=True)))
+            yield _put_together(waiting)
             waiting = []
     if waiting:
-        yield ScoredBatch(*(torch.cat(parts) for parts in zip(*waiting, strict=True)))
+        yield _put_together(waiting)
+
+
+def _put_together(batches: list[ScoredBatch]) -> ScoredBatch:
+    beliefs = [batch.belief for batch in batches if batch.belief is not None]
+    return ScoredBatch(
+        rows=torch.cat([batch.rows for batch in batches]),
+        targets=torch.cat([batch.targets for batch in batches]),
+        log_probs=torch.cat([batch.log_probs for batch in batches]),
+        keys=torch.cat([batch.keys for batch in batches]),
+        belief=join_beliefs(beliefs) if beliefs else None,
+    )
 
 
 def gather(parts: list[Retrieved]) -> Retrieved:
-    """Put batches together, in the order of the text."""
-    order = torch.cat([part.rows for part in parts]).argsort()
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])[order]
-
-    tensors = ("rows", "targets", "lm_log_probs", "distances", "tokens", "present")
+    """Put batches together, in the order of the text; of the entries, only the nearest is kept."""
+    rows = torch.cat([part.rows for part in parts])
+    order = rows.argsort()
+    kept = [
+        part.evidence._replace(
+            memories=tuple(found._replace(entries=found.entries[:, :1]) for found in part.evidence.memories)
+        )
+        for part in parts
+    ]
     return Retrieved(
-        **{name: joined(name) for name in tensors},
+        rows=rows[order],
+        targets=torch.cat([part.targets for part in parts])[order],
+        lm_log_probs=torch.cat([part.lm_log_probs for part in parts])[order],
+        evidence=join(kept).rows(order),
+        searched=sum(part.searched * len(part.rows) for part in parts) / len(rows),
         model_seconds=sum(part.model_seconds for part in parts),
         search_seconds=sum(part.search_seconds for part in parts),
     )

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..datastore import Datastore
 from ..errors import ConfigError
-from ..mixtures import KnnMixture, Mixture, best_weight
+from ..mixtures import FITTED, HeldOut, KnnMixture, Mixture, best_weight, choose, fit
+from ..mixtures._heldout import memory_probabilities
 from ..models import LanguageModel
 from ._bootstrap import Interval, paired_bootstrap, units
-from ._families import FITS, choose, fit, log_probs, memory_probabilities, prepare
 from ._retrieval import Retrieved, Text, gather, retrieve
 
 _OCTAVES = 8  # temperatures go from the typical distance × 2^−6 to × 2^2, in steps of half an octave
@@ -62,7 +62,7 @@ class Tuning:
         """Say in one sentence whether the memory helps."""
         change = f"perplexity {self.lm_perplexity:,.2f} → {self.perplexity:,.2f} on {self.tokens:,} held-out tokens"
         best = self.best
-        settings = f"{best.describe()}, temperature {best.temperature:.3g}, k {best.k:,}"
+        settings = f"{best.describe()}"
         if self.helps:
             return f"memory helps: {change} with {settings}; gain {self.gain}"
         return f"memory does not help here: at best {change} with {settings}; gain {self.gain}; λ is set to 0"
@@ -98,8 +98,9 @@ def tune_report(
         lm: The model that made the datastore's keys.
         memory: The datastore.
         source: Held-out text: neither stored nor reported on.
-        kind: How λ is set: "knn" (one λ), "buckets", "exponential" or "logistic" (by the nearest distance), or "auto",
-            the best of these in cross-validation.
+        kind: How λ is set: "knn" (one λ), "buckets", "exponential" or "logistic" (by the nearest distance), "learned"
+            (by the context, before any search), "adapter" (by neighbors and model, with p_kNN reshaped), or "auto", the
+            best of these in cross-validation.
         max_k: Most neighbors.
         max_tokens: Targets used; None uses all.
         show_progress: Show rate and time left on stderr.
@@ -112,21 +113,35 @@ def tune_report(
     check_kind(kind)
     text = Text(lm, source, max_tokens)
     k = min(max_k, len(memory))
-    cached = gather(list(retrieve(lm, text, memory, k, show_progress=show_progress, description="tuning")))
-    return tune_cached(cached, text.document_of_target, kind)
+    beliefs = kind not in ("knn", "buckets", "exponential", "logistic")
+    options = {"beliefs": beliefs, "show_progress": show_progress, "description": "tuning"}
+    cached = gather(list(retrieve(lm, text, memory, [k], **options)))
+    return tune_cached(cached, text.document_of_target, kind, memory.statistics() if beliefs else None)
 
 
 def check_kind(kind: str) -> None:
     """Raise ConfigError unless this is a kind of mixture, or "auto"."""
-    if kind not in (*FITS, "auto"):
-        raise ConfigError(f"the kind of mixture is {kind!r}; expected one of {', '.join(FITS)}, or auto")
+    if kind not in (*FITTED, "auto"):
+        raise ConfigError(f"the kind of mixture is {kind!r}; expected one of {', '.join(FITTED)}, or auto")
 
 
-def tune_cached(cached: Retrieved, documents: npt.NDArray[np.int64], kind: str = "knn") -> Tuning:
-    """Choose λ, temperature and k from a retrieval pass; `documents` is the document of each target, shape (n,)."""
-    k = cached.distances.shape[1]
+def tune_cached(
+    cached: Retrieved, documents: npt.NDArray[np.int64], kind: str = "knn", statistics: Tensor | None = None
+) -> Tuning:
+    """Choose λ, temperature and k from a retrieval pass.
+
+    Args:
+        cached: The pass, over one datastore.
+        documents: Document of each target, int64, shape (n,).
+        kind: See `tune_report`.
+        statistics: `Datastore.statistics`, for the learned weight.
+    """
+    groups = units(documents)[0]
+    held = HeldOut(cached.targets, cached.lm_log_probs, cached.evidence, groups, statistics)
+    found = cached.found
+    k = found.tokens.shape[1]
     ks = sorted({*(1 << power for power in range(k.bit_length())), k})
-    typical = float(cached.distances[cached.present].median()) if cached.present.any() else 1.0
+    typical = float(found.distances[found.present].median()) if found.present.any() else 1.0
     lm = cached.lm_log_probs.double()
     coarse = [2.0 ** (step / 2 - 6) * max(typical, 1e-6) for step in range(2 * _OCTAVES + 1)]
     rows = [row for temperature in coarse for row in _try(cached, lm, ks, temperature)]
@@ -138,11 +153,10 @@ def tune_cached(cached: Retrieved, documents: npt.NDArray[np.int64], kind: str =
     row = min((row for row in rows if row["nats"] <= least + 1e-3), key=lambda row: (row["k"], row["nats"]))
     best = KnnMixture(interpolation_weight=row["interpolation_weight"], temperature=row["temperature"], k=int(row["k"]))
     fixed = best
-    if kind != "knn" and cached.present.any():
-        prepared = prepare(cached, units(documents)[0], fixed)
-        kind = choose(prepared) if kind == "auto" else kind
-        best = fixed if kind == "knn" else fit(kind, prepared)
-    mixed = log_probs(best, cached)
+    if kind != "knn" and found.present.any():
+        kind = choose(held, fixed) if kind == "auto" else kind
+        best = fixed if kind == "knn" else fit(kind, held, fixed)
+    mixed = held.log_probs(best)
     gain = paired_bootstrap((mixed - lm).numpy(), documents)
     helps = gain.low > 0 if math.isfinite(gain.low) else gain.mean > 0
     return Tuning(
@@ -165,11 +179,11 @@ def tune_cached(cached: Retrieved, documents: npt.NDArray[np.int64], kind: str =
 
 def _try(cached: Retrieved, lm: Tensor, ks: list[int], temperature: float) -> list[dict[str, float]]:
     """Find the best λ for every k at one temperature; neighbors come nearest first, so one running sum serves all."""
-    memory = memory_probabilities(cached, ks, temperature)  # (n, number of ks)
+    memory = memory_probabilities(cached.found, cached.targets, ks, temperature)  # (n, number of ks)
     rows = []
     for column, k in enumerate(ks):
         ratio = (memory[:, column] / lm.exp().clamp_min(1e-300)).clamp_max(1e30)
-        ratio = torch.where(cached.present.any(dim=1), ratio, 1.0)  # a row without neighbors is the model's
+        ratio = torch.where(cached.found.present.any(dim=1), ratio, 1.0)  # a row without neighbors is the model's
         weight = best_weight(ratio)
         nats = -float((lm + torch.log1p(weight * (ratio - 1))).mean())
         rows.append({"k": k, "temperature": temperature, "interpolation_weight": weight, "nats": nats})

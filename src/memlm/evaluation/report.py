@@ -93,7 +93,7 @@ def plots(tuning: Tuning, evaluation: Evaluation, documents: list[Document]) -> 
         left.plot([row["temperature"] for row in rows], [row["perplexity"] for row in rows], shade, label=f"k = {k}")
     left.axhline(tuning.lm_perplexity, color="0.4", ls="--", lw=1, label="model alone")
     left.plot(
-        tuning.best.temperature,
+        min(tuning.grid, key=lambda row: row["perplexity"])["temperature"],
         tuning.perplexity,
         "k*",
         ms=11,

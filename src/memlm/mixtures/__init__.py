@@ -1,19 +1,45 @@
-"""Mixtures: how the memory's distribution and the model's become one."""
+"""Mixtures: how what memories found and what the model says become one distribution."""
 
+from ._adapter import AdapterMixture as AdapterMixture
 from ._by_distance import BucketMixture as BucketMixture
 from ._by_distance import ExponentialMixture as ExponentialMixture
 from ._by_distance import LogisticMixture as LogisticMixture
+from ._cache import CacheMixture as CacheMixture
+from ._cache import SharedCacheMixture as SharedCacheMixture
+from ._families import KINDS as FITTED
+from ._families import choose as choose
+from ._families import fit as fit
 from ._fit import best_weight as best_weight
+from ._fit_cache import fit_cache as fit_cache
+from ._fit_cache import fit_shared_cache as fit_shared_cache
+from ._fit_gate import fit_gate as fit_gate
+from ._fit_learned import skipping_curve as skipping_curve
 from ._fixed import KnnMixture as KnnMixture
+from ._gate import GateMixture as GateMixture
+from ._heldout import HeldOut as HeldOut
+from ._learned import LearnedMixture as LearnedMixture
 from ._mixture import Mixture as Mixture
 from ._saved import load_mixture as load_mixture
 
 __all__ = [
+    "FITTED",
+    "AdapterMixture",
     "BucketMixture",
+    "CacheMixture",
     "ExponentialMixture",
+    "GateMixture",
+    "HeldOut",
     "KnnMixture",
+    "LearnedMixture",
     "LogisticMixture",
     "Mixture",
+    "SharedCacheMixture",
     "best_weight",
+    "choose",
+    "fit",
+    "fit_cache",
+    "fit_gate",
+    "fit_shared_cache",
     "load_mixture",
+    "skipping_curve",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,11 +10,12 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ConfigError
-from ._mixture import Mixture, check_number, check_weight, nearest
+from ..evidence import Evidence
+from ._mixture import DatastoreMixture, check_number, check_positive, check_weight, nearest
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BucketMixture(Mixture):
+@dataclass(frozen=True, kw_only=True)
+class BucketMixture(DatastoreMixture):
     """One λ a bucket of the nearest distance (Drozdov et al. 2022, arXiv:2210.15859).
 
     Attributes:
@@ -42,21 +42,24 @@ class BucketMixture(Mixture):
                 f"{len(self.edges)} edges for {len(self.bucket_weights)} buckets; expected rising edges, one fewer "
                 "than weights"
             )
-        Mixture.__post_init__(self)
+        DatastoreMixture.__post_init__(self)
 
-    def weights(self, distances: Tensor, present: Tensor) -> Tensor:
-        """See `Mixture.weights`."""
-        edges, weights = (torch.tensor(part, device=distances.device) for part in (self.edges, self.bucket_weights))
-        return present.any(dim=-1) * ops.bucket_weight(nearest(distances, present), edges, weights)
+    def weights(self, evidence: Evidence) -> Tensor:
+        """See `DatastoreMixture.weights`."""
+        found = evidence.memories[0]
+        edges, weights = (
+            torch.tensor(part, device=found.distances.device) for part in (self.edges, self.bucket_weights)
+        )
+        return found.present.any(dim=-1) * ops.bucket_weight(nearest(found), edges, weights)
 
-    def describe(self) -> str:
-        """See `Mixture.describe`."""
+    def curve(self) -> str:
+        """See `DatastoreMixture.curve`."""
         low, high = min(self.bucket_weights), max(self.bucket_weights)
         return f"λ {low:.3f} to {high:.3f} in {len(self.bucket_weights)} buckets"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExponentialMixture(Mixture):
+@dataclass(frozen=True, kw_only=True)
+class ExponentialMixture(DatastoreMixture):
     """λ(d) = min(λ₀ exp(−d / τ), 1 − 10⁻⁴) of the nearest distance d.
 
     Attributes:
@@ -72,21 +75,22 @@ class ExponentialMixture(Mixture):
     length: float
 
     def __post_init__(self) -> None:
-        _check_positive("scale λ₀", self.scale)
-        _check_positive("length τ", self.length)
-        Mixture.__post_init__(self)
+        check_positive("scale λ₀", self.scale)
+        check_positive("length τ", self.length)
+        DatastoreMixture.__post_init__(self)
 
-    def weights(self, distances: Tensor, present: Tensor) -> Tensor:
-        """See `Mixture.weights`."""
-        return ops.exponential_weight(nearest(distances, present), self.scale, self.length)  # 0 at +inf
+    def weights(self, evidence: Evidence) -> Tensor:
+        """See `DatastoreMixture.weights`."""
+        found = evidence.memories[0]
+        return ops.exponential_weight(nearest(found), self.scale, self.length)  # 0 at +inf
 
-    def describe(self) -> str:
-        """See `Mixture.describe`."""
+    def curve(self) -> str:
+        """See `DatastoreMixture.curve`."""
         return f"λ = {self.scale:.3g} exp(−d / {self.length:.3g})"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogisticMixture(Mixture):
+@dataclass(frozen=True, kw_only=True)
+class LogisticMixture(DatastoreMixture):
     """λ(d) = min(λ₀ σ((c − d) / τ), 1 − 10⁻⁴) of the nearest distance d.
 
     Attributes:
@@ -104,22 +108,17 @@ class LogisticMixture(Mixture):
     length: float
 
     def __post_init__(self) -> None:
-        _check_positive("scale λ₀", self.scale)
+        check_positive("scale λ₀", self.scale)
         check_weight(self.scale)
         check_number("center", self.center)
-        _check_positive("length τ", self.length)
-        Mixture.__post_init__(self)
+        check_positive("length τ", self.length)
+        DatastoreMixture.__post_init__(self)
 
-    def weights(self, distances: Tensor, present: Tensor) -> Tensor:
-        """See `Mixture.weights`."""
-        return ops.logistic_weight(nearest(distances, present), self.scale, self.center, self.length)
+    def weights(self, evidence: Evidence) -> Tensor:
+        """See `DatastoreMixture.weights`."""
+        found = evidence.memories[0]
+        return ops.logistic_weight(nearest(found), self.scale, self.center, self.length)
 
-    def describe(self) -> str:
-        """See `Mixture.describe`."""
+    def curve(self) -> str:
+        """See `DatastoreMixture.curve`."""
         return f"λ = {self.scale:.3g} σ(({self.center:.3g} − d) / {self.length:.3g})"
-
-
-def _check_positive(name: str, value: float) -> None:
-    check_number(name, value)
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{name} is {value}; expected a positive number; `memlm tune` finds one")

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ._mixture import Mixture, check_weight
+from ..evidence import Evidence
+from ._mixture import DatastoreMixture, check_weight
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KnnMixture(Mixture):
+@dataclass(frozen=True, kw_only=True)
+class KnnMixture(DatastoreMixture):
     """The same λ everywhere.
 
     Attributes:
@@ -32,12 +33,12 @@ class KnnMixture(Mixture):
 
     def __post_init__(self) -> None:
         check_weight(self.interpolation_weight)
-        Mixture.__post_init__(self)
+        DatastoreMixture.__post_init__(self)
 
-    def weights(self, distances: Tensor, present: Tensor) -> Tensor:
-        """See `Mixture.weights`."""
-        return present.any(dim=-1).float() * self.interpolation_weight
+    def weights(self, evidence: Evidence) -> Tensor:
+        """See `DatastoreMixture.weights`."""
+        return evidence.memories[0].present.any(dim=-1).float() * self.interpolation_weight
 
-    def describe(self) -> str:
-        """See `Mixture.describe`."""
+    def curve(self) -> str:
+        """See `DatastoreMixture.curve`."""
         return f"λ {self.interpolation_weight:.3f}"

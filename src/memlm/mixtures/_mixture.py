@@ -1,25 +1,124 @@
-"""What all mixtures share: p = λ p_kNN + (1 − λ) p_LM, with a λ that each kind sets in its own way."""
+"""What all mixtures share: p = Σ_m λ_m p_m + (1 − Σ_m λ_m) p_LM, with weights that each kind sets in its own way."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from .. import ops
 from ..errors import ConfigError
-from ..files import write_json
+from ..evidence import Belief, Evidence, Found
+from ..files import write_atomically, write_json
+from ._network import Network
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+class Mix(NamedTuple):
+    """How n targets are mixed.
+
+    Attributes:
+        weights: λ of each memory, float32, shape (n, memories); 0 where a memory has no neighbor.
+        log_shares: One tensor a memory: log of every neighbor's share in it, float32, shape (n, k).
+    """
+
+    weights: Tensor
+    log_shares: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mixture(ABC):
-    """p = λ p_kNN + (1 − λ) p_LM with p_kNN = softmax(−d / T) over k neighbors (Khandelwal et al. 2020).
+    """How what memories found and what the model says become one distribution."""
+
+    kind: ClassVar[str]
+    needs_belief: ClassVar[bool] = False  # whether `mix` looks at more of the model than its log probabilities
+    skips: ClassVar[bool] = False  # whether `wanted` may leave searches out
+
+    @property
+    @abstractmethod
+    def ks(self) -> tuple[int, ...]:
+        """Neighbors asked of each memory."""
+
+    @abstractmethod
+    def mix(self, evidence: Evidence) -> Mix:
+        """Set the weight of every memory and the share of every neighbor."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Say in a few words how it mixes."""
+
+    def wanted(self, belief: Belief) -> Tensor | None:
+        """Say for which targets memories are to be searched, bool, shape (n,); None means all."""
+        return None
+
+    def target_log_probs(self, lm_log_probs: Tensor, targets: Tensor, evidence: Evidence) -> Tensor:
+        """Return the mixture's log probability of one token a row.
+
+        Args:
+            lm_log_probs: log p_LM of the targets, float32, shape (n,).
+            targets: Int64, shape (n,).
+            evidence: Of the same n targets.
+
+        Returns:
+            Natural logs, float32, shape (n,).
+        """
+        tokens, log_shares, weight = self._as_one(evidence)
+        return ops.interpolate(lm_log_probs, ops.knn_target_log_probs(log_shares, tokens, targets), weight)
+
+    def log_probs(self, lm_log_probs: Tensor, evidence: Evidence) -> Tensor:
+        """Return the mixture over the whole vocabulary.
+
+        Args:
+            lm_log_probs: log p_LM, float32, shape (n, vocabulary).
+            evidence: Of the same n targets.
+
+        Returns:
+            Natural logs, float32, shape (n, vocabulary); each row's exponentials sum to 1.
+        """
+        tokens, log_shares, weight = self._as_one(evidence)
+        distinct, memory = ops.aggregate_by_token(log_shares, tokens)
+        return ops.interpolate_sparse(lm_log_probs, distinct, memory, weight)
+
+    def _as_one(self, evidence: Evidence) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all memories as if they were one: tokens and log shares (n, Σk), and its weight (n,)."""
+        weights, log_shares = self.mix(evidence)
+        total = weights.sum(dim=1)
+        if len(log_shares) == 1:
+            return evidence.memories[0].tokens, log_shares[0], total
+        part = (weights / total.clamp_min(1e-30)[:, None]).log()  # (n, memories)
+        shares = torch.cat([share + part[:, place : place + 1] for place, share in enumerate(log_shares)], dim=1)
+        return torch.cat([found.tokens for found in evidence.memories], dim=1), shares, total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values; of networks and tables only the size."""
+        return _plain(self, {}, "")
+
+    def save(self, path: str | Path, datastores: Sequence[str] = ()) -> None:
+        """Write the settings to `path` as JSON, and networks and tables, if any, beside it as .safetensors.
+
+        Args:
+            path: Of the JSON file.
+            datastores: `Manifest.content_sha256` of the datastores that it was fitted with, for the record.
+        """
+        path, tensors = Path(path), dict[str, Tensor]()
+        values = _plain(self, tensors, "")
+        if tensors:
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            write_atomically(path.with_suffix(".safetensors"), save(contiguous))
+        write_json(path, {**values, "fitted_with": list(datastores)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatastoreMixture(Mixture):
+    """One datastore: p = λ p_kNN + (1 − λ) p_LM with p_kNN = softmax(−d / T) over k neighbors (Khandelwal et al. 2020).
 
     Attributes:
         temperature: T, which divides squared distances; positive.
@@ -29,84 +128,61 @@ class Mixture(ABC):
         ConfigError: A value is out of its range.
     """
 
-    kind: ClassVar[str]
     temperature: float
     k: int = 1024
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature)
-        check_number("k", self.k)
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ConfigError(
                 f"temperature is {self.temperature}; expected a positive number, about the size of a "
                 "typical squared distance; `memlm tune` finds one"
             )
-        if not isinstance(self.k, Integral) or self.k < 1:
-            raise ConfigError(f"k is {self.k}; expected a whole number of neighbors, at least 1")
+        check_count("k", self.k)
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """See `Mixture.ks`."""
+        return (self.k,)
 
     @abstractmethod
-    def weights(self, distances: Tensor, present: Tensor) -> Tensor:
-        """Return λ of every row.
-
-        Args:
-            distances: Squared L2 to the neighbors, float32, shape (n, k).
-            present: Bool, shape (n, k).
-
-        Returns:
-            float32, shape (n,); 0 where no neighbor is present.
-        """
+    def weights(self, evidence: Evidence) -> Tensor:
+        """Return λ of every target, float32, shape (n,); 0 where no neighbor is present."""
 
     @abstractmethod
-    def describe(self) -> str:
+    def curve(self) -> str:
         """Say in a few words how λ is set."""
 
-    def target_log_probs(
-        self, lm_log_probs: Tensor, targets: Tensor, distances: Tensor, tokens: Tensor, present: Tensor
-    ) -> Tensor:
-        """Return the mixture's log probability of one token a row.
+    def describe(self) -> str:
+        """See `Mixture.describe`."""
+        return f"{self.curve()}, temperature {self.temperature:.3g}, k {self.k:,}"
 
-        Args:
-            lm_log_probs: log p_LM of the targets, float32, shape (n,).
-            targets: Int64, shape (n,).
-            distances: Squared L2, float32, shape (n, k).
-            tokens: The neighbors' values, int64, shape (n, k).
-            present: Bool, shape (n, k).
-
-        Returns:
-            Natural logs, float32, shape (n,).
-        """
-        log_weights = ops.knn_log_weights(distances, present, temperature=self.temperature)
-        memory = ops.knn_target_log_probs(log_weights, tokens, targets)
-        return ops.interpolate(lm_log_probs, memory, self.weights(distances, present))
-
-    def log_probs(self, lm_log_probs: Tensor, distances: Tensor, tokens: Tensor, present: Tensor) -> Tensor:
-        """Return the mixture over the whole vocabulary.
-
-        Args:
-            lm_log_probs: log p_LM, float32, shape (n, vocabulary).
-            distances: Squared L2, float32, shape (n, k).
-            tokens: The neighbors' values, int64, shape (n, k).
-            present: Bool, shape (n, k).
-
-        Returns:
-            Natural logs, float32, shape (n, vocabulary); each row's exponentials sum to 1.
-        """
-        log_weights = ops.knn_log_weights(distances, present, temperature=self.temperature)
-        distinct, memory = ops.aggregate_by_token(log_weights, tokens)
-        return ops.interpolate_sparse(lm_log_probs, distinct, memory, self.weights(distances, present))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}
-
-    def save(self, path: str | Path) -> None:
-        """Write the settings as JSON."""
-        write_json(Path(path), self.to_dict())
+    def mix(self, evidence: Evidence) -> Mix:
+        """See `Mixture.mix`."""
+        found = evidence.memories[0]
+        shares = ops.knn_log_weights(found.distances, found.present, temperature=self.temperature)
+        return Mix(self.weights(evidence)[:, None], (shares,))
 
 
-def nearest(distances: Tensor, present: Tensor) -> Tensor:
+def _plain(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """Turn a value into JSON, and put its tensors into `tensors`, by their path."""
+    if isinstance(value, Mixture):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"kind": value.kind} | {key: _plain(item, tensors, f"{name}{key}.") for key, item in fields.items()}
+    if isinstance(value, Network):
+        tensors |= {name + key: tensor for key, tensor in value.tensors().items()}
+        return {"tensors": name, "parameters": value.parameters}
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name, "shape": list(value.shape)}
+    if isinstance(value, tuple):
+        return [_plain(item, tensors, f"{name}{place}.") for place, item in enumerate(value)]
+    return value
+
+
+def nearest(found: Found) -> Tensor:
     """Return the squared L2 to the nearest neighbor, shape (n,); +inf where none is present."""
-    return distances.masked_fill(~present, math.inf).amin(dim=-1)
+    return found.distances.masked_fill(~found.present, math.inf).amin(dim=-1)
 
 
 def check_number(name: str, value: Any) -> None:
@@ -122,3 +198,17 @@ def check_weight(value: Any) -> None:
         raise ConfigError(
             f"interpolation weight λ is {value}; expected a number from 0 (the model alone) to 1 (the memory alone)"
         )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise ConfigError unless this is a number of neighbors."""
+    check_number(name, value)
+    if not isinstance(value, Integral) or value < 1:
+        raise ConfigError(f"{name} is {value}; expected a whole number of neighbors, at least 1")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise ConfigError unless this is a positive number."""
+    check_number(name, value)
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{name} is {value}; expected a positive number; `memlm tune` finds one")

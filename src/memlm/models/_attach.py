@@ -1,4 +1,4 @@
-"""Attach a memory to a model: every transformers call inside the block sees the mixture."""
+"""Attach memories to a model: every transformers call inside the block sees the mixture."""
 
 from __future__ import annotations
 
@@ -9,63 +9,81 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..cache import Cache
 from ..errors import ModelError
+from ..evidence import Belief, Evidence, Found
 from ._capture import Captured, capture, check_key_site, keys_of
 from ._identity import encoder_fingerprint
-from ._sites import KeySite, find_decoder
+from ._past import past_of
+from ._sites import KeySite, find_decoder, find_key_site
 
 
-class Memory(Protocol):
+class Datastore(Protocol):
     """What `attach` needs of a datastore."""
 
     manifest: Any
 
-    def lookup(self, queries: Any, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return distances, tokens and presence of the neighbors, each of shape (n, k)."""
+    def lookup(self, queries: Any, k: int) -> Found:
+        """Return the neighbors with their values."""
         ...
 
 
 class Mixture(Protocol):
     """What `attach` needs of a mixture."""
 
-    k: int
+    needs_belief: Any
+    skips: Any
 
-    def log_probs(self, lm_log_probs: Tensor, distances: Tensor, tokens: Tensor, present: Tensor) -> Tensor:
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """Neighbors asked of each memory."""
+        ...
+
+    def wanted(self, belief: Belief) -> Tensor | None:
+        """Say for which targets datastores are to be searched."""
+        ...
+
+    def log_probs(self, lm_log_probs: Tensor, evidence: Evidence) -> Tensor:
         """Return the mixture's log probabilities, shape (n, vocabulary)."""
         ...
 
 
 @contextmanager
-def attach(model: Any, memory: Memory, mixture: Mixture) -> Iterator[Any]:
-    """Mix a memory into everything that the model computes inside the block.
+def attach(model: Any, memory: Any, mixture: Mixture) -> Iterator[Any]:
+    """Mix memories into everything that the model computes inside the block.
 
     At every position that the model keeps logits for, they are replaced by the log probabilities of the mixture, in
     float32; so `generate` (greedy, sampling, beams, assisted, chunked prefill), pipelines and evaluation harnesses work
     unchanged, and a user's temperature acts on the mixture. With `labels`, the loss is the mixture's. Leaving the block
     restores the model bit for bit.
 
+    A `Cache` remembers what was read inside the block. Its keys travel as one more layer of the model's own
+    `past_key_values`, so they follow beams and crops.
+
     Args:
-        model: A Hugging Face causal LM: the one whose keys the datastore holds.
-        memory: A `Datastore`.
-        mixture: A `KnnMixture`.
+        model: A Hugging Face causal LM: the one whose keys the datastores hold.
+        memory: A `Datastore`, a `Cache`, or a list of those.
+        mixture: A mixture for as many memories.
 
     Yields:
         The same model.
 
     Raises:
-        DatastoreMismatch: The datastore holds another model's keys.
-        ModelError: A memory is attached already, or the key site is not reached.
+        DatastoreMismatch: A datastore holds another model's keys.
+        ModelError: A memory is attached already, the key site is not reached, or the mixture is for another number of
+            memories.
     """
     if getattr(model, "_memlm_attached", False):
         raise ModelError("a memory is attached to this model already; leave that block first")
-    described = memory.manifest.encoder
-    memory.manifest.check_encoder(type(model).__name__, encoder_fingerprint(find_decoder(model)))
-    site = KeySite(described["key_site"]["name"], described["key_site"]["path"], described["key_site"]["tensor"])
+    memories = list(memory) if isinstance(memory, list | tuple) else [memory]
+    if len(memories) != len(mixture.ks):
+        raise ModelError(f"the mixture is for {len(mixture.ks)} memories, {len(memories)} are given; pass one for each")
+    site = _common_site(model, memories)
     check_key_site(model, site)
 
     with capture(model, site) as captured:
         hook = model.register_forward_hook(
-            lambda module, args, kwargs, output: _mix(module, args, kwargs, output, captured, site, memory, mixture),
+            lambda module, args, kwargs, output: _mix(module, args, kwargs, output, captured, site, memories, mixture),
             with_kwargs=True,
         )
         model._memlm_attached = True
@@ -76,6 +94,20 @@ def attach(model: Any, memory: Memory, mixture: Mixture) -> Iterator[Any]:
             hook.remove()
 
 
+def _common_site(model: Any, memories: list[Any]) -> KeySite:
+    """Return where all memories read keys; caches read them where the datastores do."""
+    sites = []
+    for memory in memories:
+        if not isinstance(memory, Cache):
+            described = memory.manifest.encoder
+            memory.manifest.check_encoder(type(model).__name__, encoder_fingerprint(find_decoder(model)))
+            site = described["key_site"]
+            sites.append(KeySite(site["name"], site["path"], site["tensor"]))
+    if len(set(sites)) > 1:
+        raise ModelError(f"the datastores read keys at different sites: {sites}; build them with the same --key-site")
+    return sites[0] if sites else find_key_site(model, None)
+
+
 def _mix(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -83,7 +115,7 @@ def _mix(
     output: Any,
     captured: Captured,
     site: KeySite,
-    memory: Memory,
+    memories: list[Any],
     mixture: Mixture,
 ) -> Any:
     """Forward hook of the top-level model: put the mixture in the place of the logits."""
@@ -94,12 +126,33 @@ def _mix(
     logits = output[place] if as_tuple else output.logits  # (batch, kept, vocabulary)
     tokens = args[0] if args else kwargs.get("input_ids")
     width = tokens.shape[1] if tokens is not None else kwargs["inputs_embeds"].shape[1]
-    keys = _kept(keys_of(captured, site, logits.shape[0], width), kwargs.get("logits_to_keep", 0))
+    all_keys = keys_of(captured, site, logits.shape[0], width).detach()
+    kept = _kept(torch.arange(width), kwargs.get("logits_to_keep", 0))
+    keys = all_keys[:, kept.to(all_keys.device)]
     if keys.shape[:2] != logits.shape[:2]:
         raise ModelError(
             f"{tuple(keys.shape[:2])} keys for {tuple(logits.shape[:2])} logits: this forward is not supported"
         )
-    mixed = _mixed_log_probs(logits, keys, memory, mixture)
+    if tokens is None and (mixture.needs_belief or any(isinstance(memory, Cache) for memory in memories)):
+        raise ModelError("this mixture must know which tokens the model reads; pass input_ids, not inputs_embeds")
+    flat = logits.flatten(0, 1).float()  # (n, vocabulary)
+    queries = keys.flatten(0, 1).float()
+    belief = None
+    if mixture.needs_belief and tokens is not None:
+        belief = Belief.from_logits(flat, queries, tokens[:, kept.to(tokens.device)].flatten().to(flat.device))
+    asked = mixture.wanted(belief) if mixture.skips and belief is not None else None
+    past = None
+    if tokens is not None and any(isinstance(memory, Cache) for memory in memories):
+        past = past_of(output, kwargs, tokens, all_keys)
+    found = []
+    for memory, k in zip(memories, mixture.ks, strict=True):
+        if past is not None and isinstance(memory, Cache):
+            part = past.recall(memory, kept)
+        else:
+            part = _lookup(memory, queries, k, asked)
+        found.append(Found(*(None if item is None else item.to(flat.device) for item in part)))  # type: ignore
+    evidence = Evidence(tuple(found), belief)
+    mixed = mixture.log_probs(flat.log_softmax(dim=-1), evidence).reshape(logits.shape).to(torch.float32)
     loss = None
     if labels is not None:
         items = {name: kwargs[name] for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
@@ -113,15 +166,20 @@ def _mix(
     return output
 
 
-def _kept(keys: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+def _kept(places: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """Apply the slice that the model applied before its output embedding."""
     if isinstance(logits_to_keep, int):
-        return keys[:, -logits_to_keep:] if logits_to_keep else keys
-    return keys[:, logits_to_keep.to(keys.device)]
+        return places[-logits_to_keep:] if logits_to_keep else places
+    return places[logits_to_keep.cpu()]
 
 
-def _mixed_log_probs(logits: Tensor, keys: Tensor, memory: Memory, mixture: Mixture) -> Tensor:
-    flat = logits.flatten(0, 1).float().log_softmax(dim=-1)  # (n, vocabulary)
-    queries = keys.detach().flatten(0, 1).float().cpu().numpy()
-    found = [part.to(flat.device) for part in memory.lookup(queries, mixture.k)]
-    return mixture.log_probs(flat, *found).reshape(logits.shape).to(torch.float32)
+def _lookup(memory: Datastore, queries: Tensor, k: int, asked: Tensor | None) -> Found:
+    """Search a datastore for those positions that ask for it."""
+    numbers = queries.cpu().numpy()
+    if asked is None:
+        return memory.lookup(numbers, k)
+    result, asked = Found.nothing(len(numbers), k), asked.cpu()
+    if asked.any():
+        for whole, part in zip(result[:4], memory.lookup(numbers[asked.numpy()], k)[:4], strict=True):
+            whole[asked] = part
+    return result

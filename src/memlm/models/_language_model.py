@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..documents import Document
 from ..errors import ModelError
+from ..evidence import Belief
 from ._capture import capture, check_key_site, forward_to_site, keys_of
 from ._identity import encoder_fingerprint, tokenizer_fingerprint
 from ._sites import KeySite, find_decoder, find_key_site
@@ -28,12 +29,14 @@ class ScoredBatch(NamedTuple):
         targets: Int64, shape (n,).
         log_probs: log p_LM of the targets, float32, shape (n,).
         keys: What the model saw before each target, shape (n, key width), in the model's type.
+        belief: What it thinks there, if that was asked for: on the CPU, with the keys as float32.
     """
 
     rows: Tensor
     targets: Tensor
     log_probs: Tensor
     keys: Tensor
+    belief: Belief | None = None
 
 
 class LanguageModel:
@@ -128,10 +131,14 @@ class LanguageModel:
             keys = forward_to_site(self.model, self.site, batch.input_ids.to(self.device))
             yield batch.rows, keys[batch.scored.to(keys.device)]
 
-    def score(self, sequences: Iterable[np.ndarray]) -> Iterator[ScoredBatch]:
+    def score(self, sequences: Iterable[np.ndarray], *, beliefs: bool = False) -> Iterator[ScoredBatch]:
         """Compute log p_LM of every target of some token sequences, and the keys, in one pass.
 
         The logits of a batch exist only for the positions that are scored, and never for more than a fixed budget.
+
+        Args:
+            sequences: Token ids of documents, each int64 of shape (length,).
+            beliefs: Tell the model's beliefs, too; that costs another look at the logits.
         """
         self._check_mode()
         vocabulary = self.identity["tokenizer"]["vocab_size"]
@@ -150,7 +157,12 @@ class LanguageModel:
             log_probs = torch.cat(
                 [_target_log_probs(*window) for window in zip(output.logits, labels[:, kept], strict=True)]
             )
-            yield ScoredBatch(batch.rows, batch.targets, log_probs.cpu(), keys[scored])
+            belief = None
+            if beliefs:
+                at_scored = output.logits[scored[:, kept]].float()
+                found = Belief.from_logits(at_scored, keys[scored].float(), batch.input_ids[batch.scored])
+                belief = Belief(*(part.cpu() for part in found))
+            yield ScoredBatch(batch.rows, batch.targets, log_probs.cpu(), keys[scored], belief)
 
     def _check_mode(self) -> None:
         if self.model.training:

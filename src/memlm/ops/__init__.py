@@ -1,5 +1,8 @@
 """Pure tensor functions, one equation each: no files, no modules, no logging."""
 
+from ._adapter import adapted_log_weights as adapted_log_weights
+from ._cache import cache_scores as cache_scores
+from ._cache import shared_softmax_weight as shared_softmax_weight
 from ._interpolation import interpolate as interpolate
 from ._interpolation import interpolate_sparse as interpolate_sparse
 from ._knn import aggregate_by_token as aggregate_by_token
@@ -13,8 +16,10 @@ from ._weight import logistic_weight as logistic_weight
 
 __all__ = [
     "LARGEST",
+    "adapted_log_weights",
     "aggregate_by_token",
     "bucket_weight",
+    "cache_scores",
     "exponential_weight",
     "interpolate",
     "interpolate_sparse",
@@ -22,4 +27,5 @@ __all__ = [
     "knn_log_weights",
     "knn_target_log_probs",
     "logistic_weight",
+    "shared_softmax_weight",
 ]

@@ -1,0 +1,105 @@
+"""What a mixture may look at: what each memory found, and what the model believes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Found(NamedTuple):
+    """What one memory found for n targets, k neighbors each.
+
+    Attributes:
+        distances: Squared L2, or the negative inner product in a cache; float32, shape (n, k).
+        tokens: The neighbors' values, int64, shape (n, k).
+        present: Bool, shape (n, k); False where fewer than k were found.
+        entries: Where they stand in the memory, int64, shape (n, k); a pass that is kept holds the first column alone.
+        ages: Tokens since then, int64, shape (n, k), in a cache; None in a datastore.
+    """
+
+    distances: Tensor
+    tokens: Tensor
+    present: Tensor
+    entries: Tensor
+    ages: Tensor | None = None
+
+    @classmethod
+    def nothing(cls, n: int, k: int) -> Found:
+        """Return n rows in which nothing was found."""
+        zeros = torch.zeros((n, k), dtype=torch.long)
+        return cls(torch.full((n, k), torch.inf), zeros, zeros.bool(), zeros)
+
+    def nearest(self, k: int) -> Found:
+        """Return the first k neighbors of every target."""
+        ages = None if self.ages is None else self.ages[:, :k]
+        return Found(self.distances[:, :k], self.tokens[:, :k], self.present[:, :k], self.entries[:, :k], ages)
+
+
+class Belief(NamedTuple):
+    """What the model knows and thinks before each of n targets.
+
+    Attributes:
+        keys: What it saw, float32, shape (n, key width).
+        last: The token that it has just read, int64, shape (n,).
+        top: Its most likely next token, int64, shape (n,).
+        confidence: log p_LM of that token, float32, shape (n,).
+        entropy: Of p_LM, in nats, float32, shape (n,).
+        normalizer: logsumexp of its logits, float32, shape (n,).
+    """
+
+    keys: Tensor
+    last: Tensor
+    top: Tensor
+    confidence: Tensor
+    entropy: Tensor
+    normalizer: Tensor
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, keys: Tensor, last: Tensor) -> Belief:
+        """Read a belief off logits of shape (n, vocabulary)."""
+        normalizer = logits.logsumexp(dim=-1)
+        largest, top = logits.max(dim=-1)
+        log_probs = logits - normalizer[:, None]
+        # a token that the model rules out has log p = −inf, and no share in the entropy
+        entropy = -(log_probs.exp() * log_probs.clamp_min(-1e30)).sum(dim=-1)
+        return cls(keys, last, top, largest - normalizer, entropy, normalizer)
+
+
+class Evidence(NamedTuple):
+    """What each memory found, in the order of the memories, and what the model believes, if a mixture asked for it."""
+
+    memories: tuple[Found, ...]
+    belief: Belief | None = None
+
+    def rows(self, rows: Tensor) -> Evidence:
+        """Return some targets: a mask, numbers, or a slice."""
+        return _each([self], lambda parts: parts[0][rows])
+
+    def nearest(self, ks: Sequence[int]) -> Evidence:
+        """Return the first neighbors alone, so many of each memory."""
+        return self._replace(memories=tuple(found.nearest(k) for found, k in zip(self.memories, ks, strict=True)))
+
+
+def join(parts: Sequence[Evidence]) -> Evidence:
+    """Put targets together, in the order given; there must be some."""
+    return _each(parts, torch.cat)
+
+
+def join_beliefs(parts: Sequence[Belief]) -> Belief:
+    """Put targets together, in the order given; there must be some."""
+    return Belief(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _each(parts: Sequence[Evidence], change: Callable[[list[Tensor]], Tensor]) -> Evidence:
+    """Apply a function to every tensor of some evidence."""
+
+    def both(items: Sequence[NamedTuple]) -> list[Tensor | None]:
+        columns = zip(*items, strict=True)
+        return [None if any(part is None for part in column) else change(list(column)) for column in columns]
+
+    memories = [Found(*both(column)) for column in zip(*(part.memories for part in parts), strict=True)]  # type: ignore
+    beliefs = [part.belief for part in parts if part.belief is not None]
+    return Evidence(tuple(memories), Belief(*both(beliefs)) if beliefs else None)  # type: ignore

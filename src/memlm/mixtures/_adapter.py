@@ -1,0 +1,65 @@
+"""kNN-Adapter: a small network sets λ and reshapes p_kNN, target by target (Huang et al. 2023, arXiv:2302.10879).
+
+The network sees no hidden state: only how near, how many and how much in agreement the neighbors are, and how sure the
+model is. So it fits a model of which nothing but probabilities is known, and a datastore that it was not fitted to.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from .. import ops
+from ..evidence import Evidence
+from ._features import features
+from ._mixture import DatastoreMixture, Mix, check_weight
+from ._network import Network
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AdapterMixture(DatastoreMixture):
+    """λ, the sharpness s and the tail b of p_kNN from a network of one to two thousand parameters.
+
+    λ = min(σ(logit λ₀ + u₁), 1 − 10⁻⁴), s = exp(u₂), b = u₃, where u is what the network says. λ₀ and T are the best
+    fixed ones: a network that says zero is kNN-LM.
+
+    Attributes:
+        interpolation_weight: λ₀, in (0, 1).
+        network: From features to u, one row a target.
+    """
+
+    kind: ClassVar[str] = "adapter"
+    needs_belief: ClassVar[bool] = True
+    interpolation_weight: float
+    network: Network = field(repr=False)
+
+    def __post_init__(self) -> None:
+        check_weight(self.interpolation_weight)
+        DatastoreMixture.__post_init__(self)
+
+    def weights(self, evidence: Evidence) -> Tensor:
+        """See `DatastoreMixture.weights`."""
+        return self.mix(evidence).weights[:, 0]
+
+    def mix(self, evidence: Evidence) -> Mix:
+        """See `Mixture.mix`."""
+        found = evidence.memories[0].nearest(self.k)
+        said = self.network(features(found, evidence.belief, self.temperature, self.k))
+        weight, sharpness, tail = corrections(said, self.interpolation_weight)
+        shares = ops.adapted_log_weights(found.distances, found.present, self.temperature, sharpness, tail)
+        return Mix((weight * found.present.any(dim=1))[:, None], (shares,))
+
+    def curve(self) -> str:
+        """See `DatastoreMixture.curve`."""
+        network = f"a network of {self.network.parameters:,} parameters"
+        return f"λ and p_kNN set by {network} around λ {self.interpolation_weight:.3f}"
+
+
+def corrections(said: Tensor, interpolation_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return λ, sharpness and tail, each of shape (n,), of what the network says, shape (n, 3)."""
+    logit = math.log(interpolation_weight / (1 - interpolation_weight))
+    weight = (logit + said[:, 0]).sigmoid().clamp_max(ops.LARGEST)
+    return weight, said[:, 1].clamp(-4, 4).exp(), said[:, 2].clamp(-8, 8)

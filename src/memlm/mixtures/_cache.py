@@ -1,0 +1,123 @@
+"""Mixtures with a cache of the recent past: linear, and by one softmax (Grave et al. 2017, arXiv:1612.04426)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import ConfigError
+from ..evidence import Evidence
+from ._mixture import Mix, Mixture, check_count, check_number, check_weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CacheMixture(Mixture):
+    """What both forms share: p_cache ∝ Σ exp(θ hᵀhᵢ − age / τ) over the last `length` tokens.
+
+    Attributes:
+        scale: θ, not negative.
+        forgetting: 1 / τ, not negative; 0 forgets nothing.
+        length: Tokens of the past looked at; the `Cache` must remember as many.
+    """
+
+    scale: float
+    forgetting: float = 0.0
+    length: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "forgetting"):
+            value = getattr(self, name)
+            check_number(name, value)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ConfigError(f"{name} is {value}; expected a number of at least 0; `memlm compare` finds one")
+        check_count("length", self.length)
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """See `Mixture.ks`."""
+        return (self.length,)
+
+    def _scores(self, evidence: Evidence) -> Tensor:
+        found = evidence.memories[0].nearest(self.length)
+        if found.ages is None:
+            raise ConfigError("a cache mixture was given a datastore; pass a Cache")
+        return ops.cache_scores(-found.distances, found.present, found.ages, self.scale, self.forgetting)
+
+    def _past(self) -> str:
+        age = f", forgetting in {1 / self.forgetting:,.0f} tokens" if self.forgetting else ""
+        return f"θ {self.scale:.3g}, last {self.length:,} tokens{age}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheMixture(_CacheMixture):
+    """p = λ p_cache + (1 − λ) p_LM, the linear form (eq. 4).
+
+    Attributes:
+        interpolation_weight: λ in [0, 1].
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    kind: ClassVar[str] = "cache"
+    interpolation_weight: float
+
+    def __post_init__(self) -> None:
+        check_weight(self.interpolation_weight)
+        _CacheMixture.__post_init__(self)
+
+    def mix(self, evidence: Evidence) -> Mix:
+        """See `Mixture.mix`."""
+        scores = self._scores(evidence)
+        some = evidence.memories[0].present.any(dim=1, keepdim=True)
+        return Mix(self.interpolation_weight * some, (_log_shares(scores, some),))
+
+    def describe(self) -> str:
+        """See `Mixture.describe`."""
+        return f"λ {self.interpolation_weight:.3f}, {self._past()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedCacheMixture(_CacheMixture):
+    """One softmax over vocabulary and cache (eq. 5): the more the past resembles the present, the heavier it weighs.
+
+    Attributes:
+        bias: α.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    kind: ClassVar[str] = "shared-cache"
+    needs_belief: ClassVar[bool] = True
+    bias: float
+
+    def __post_init__(self) -> None:
+        check_number("bias", self.bias)
+        if not math.isfinite(self.bias):
+            raise ConfigError(f"bias is {self.bias}; expected a finite number")
+        _CacheMixture.__post_init__(self)
+
+    def mix(self, evidence: Evidence) -> Mix:
+        """See `Mixture.mix`."""
+        if evidence.belief is None:
+            raise ConfigError("one softmax needs the normalizer of the model's logits; retrieve with beliefs=True")
+        scores = self._scores(evidence)
+        some = evidence.memories[0].present.any(dim=1, keepdim=True)
+        mass = scores.logsumexp(dim=1).masked_fill(~some[:, 0], -torch.inf)
+        weight = ops.shared_softmax_weight(mass, evidence.belief.normalizer, self.bias)
+        return Mix(weight[:, None], (_log_shares(scores, some),))
+
+    def describe(self) -> str:
+        """See `Mixture.describe`."""
+        return f"one softmax, α {self.bias:.3g}, {self._past()}"
+
+
+def _log_shares(scores: Tensor, some: Tensor) -> Tensor:
+    """Return log softmax of scores (n, k); a row of −inf where there is nothing, `some` (n, 1) being False."""
+    return scores.masked_fill(~some, 0.0).log_softmax(dim=-1).masked_fill(scores.isinf(), -torch.inf)

@@ -1,0 +1,59 @@
+"""Fitting one gate over several memories by the mixture's likelihood."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ._gate import GateMixture, gate_features, gate_weights, member_mixes
+from ._heldout import HeldOut
+from ._mixture import Mixture
+from ._network import Network
+from ._train import train
+
+_HIDDEN = (32, 24)
+_BLOCK = 2048
+_ROUNDS = 50
+
+
+def fit_gate(held: HeldOut, members: tuple[Mixture, ...], seed: int = 0) -> GateMixture:
+    """Train the gate on held-out text.
+
+    Args:
+        held: Evidence of as many memories as there are members, with beliefs.
+        members: A fitted mixture for each memory; they are not changed.
+        seed: Of the network's start and of the order of targets.
+    """
+    inputs, likelihoods, present = [], [], []
+    evidence = held.evidence.nearest([member.ks[0] for member in members])
+    for start in range(0, len(held), _BLOCK):
+        rows = torch.arange(start, min(start + _BLOCK, len(held)))
+        part, targets = evidence.rows(rows), held.targets[rows]
+        mixes = member_mixes(members, part)
+        inputs.append(gate_features(members, mixes, part))
+        pairs = zip(mixes, part.memories, strict=True)
+        columns = [ops.knn_target_log_probs(mix.log_shares[0], found.tokens, targets) for mix, found in pairs]
+        likelihoods.append(torch.stack(columns, dim=1))
+        present.append(torch.stack([found.present.any(dim=1) for found in part.memories], dim=1))
+    features, some = torch.cat(inputs), torch.cat(present)
+    # p of every memory and of the model, shape (n, memories + 1)
+    probabilities = torch.cat([torch.cat(likelihoods), held.lm_log_probs[:, None]], dim=1).exp()
+    start_network = Network.new(features, (*_HIDDEN, len(members) + 1), seed)
+    network = start_network.with_last_bias(_constant_weights(probabilities).clamp_min(1e-3).log())
+
+    def losses(said: Tensor, rows: Tensor) -> Tensor:
+        weights = gate_weights(said, some[rows])
+        weights = torch.cat([weights, 1 - weights.sum(dim=1, keepdim=True)], dim=1)
+        return -(weights * probabilities[rows]).sum(dim=1).clamp_min(1e-30).log()
+
+    return GateMixture(members=members, network=train(network, features, losses, held.groups, seed=seed))
+
+
+def _constant_weights(probabilities: Tensor) -> Tensor:
+    """Return the weights, the same for all targets, of greatest likelihood, by expectation maximization."""
+    weights = torch.full((probabilities.shape[1],), 1 / probabilities.shape[1])
+    for _ in range(_ROUNDS):
+        parts = weights * probabilities
+        weights = (parts / parts.sum(dim=1, keepdim=True).clamp_min(1e-30)).mean(dim=0)
+    return weights

@@ -1,0 +1,100 @@
+"""Several memories under one gate: p = Σ_m λ_m p_m + (1 − Σ_m λ_m) p_LM with λ = softmax of a small network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import ConfigError
+from ..evidence import Belief, Evidence, Found
+from ._features import features
+from ._mixture import DatastoreMixture, Mix, Mixture
+from ._network import Network
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GateMixture(Mixture):
+    """Weights of any number of datastores and caches, target by target.
+
+    Attributes:
+        members: A mixture for each memory, which shares out its neighbors; its own λ is one of the gate's features.
+        network: From `gate_features` to one number a memory and one for the model; their softmax is λ.
+
+    Raises:
+        ConfigError: The network is for another number of memories, or a member is for several.
+    """
+
+    kind: ClassVar[str] = "gate"
+    needs_belief: ClassVar[bool] = True
+    members: tuple[Mixture, ...]
+    network: Network = field(repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "members", tuple(self.members))
+        if any(len(member.ks) != 1 for member in self.members) or self.network.outputs != len(self.members) + 1:
+            raise ConfigError(
+                f"a gate over {len(self.members)} memories needs a member for each and a network with one output more, "
+                f"it has {self.network.outputs}; fit it again"
+            )
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """See `Mixture.ks`."""
+        return tuple(member.ks[0] for member in self.members)
+
+    def mix(self, evidence: Evidence) -> Mix:
+        """See `Mixture.mix`."""
+        mixes = member_mixes(self.members, evidence)
+        said = self.network(gate_features(self.members, mixes, evidence))
+        weights = gate_weights(said, torch.stack([found.present.any(dim=1) for found in evidence.memories], dim=1))
+        return Mix(weights, tuple(mix.log_shares[0] for mix in mixes))
+
+    def describe(self) -> str:
+        """See `Mixture.describe`."""
+        members = "; ".join(member.describe() for member in self.members)
+        return f"λ of {len(self.members)} memories by a network of {self.network.parameters:,} parameters ({members})"
+
+
+def gate_weights(said: Tensor, some: Tensor) -> Tensor:
+    """Return λ of each memory, shape (n, memories), of what the network says, shape (n, memories + 1; the model last).
+
+    Args:
+        said: Logits.
+        some: Bool, shape (n, memories): whether a memory found anything; otherwise its λ is 0.
+    """
+    said = torch.cat([said[:, :-1].masked_fill(~some, -torch.inf), said[:, -1:]], dim=1)
+    return said.softmax(dim=1)[:, :-1] * ops.LARGEST
+
+
+def member_mixes(members: tuple[Mixture, ...], evidence: Evidence) -> list[Mix]:
+    """Let every member look at its own memory."""
+    pairs = zip(members, evidence.memories, strict=True)
+    return [member.mix(Evidence((found,), evidence.belief)) for member, found in pairs]
+
+
+def gate_features(members: tuple[Mixture, ...], mixes: list[Mix], evidence: Evidence) -> Tensor:
+    """Return what the network is told: of each memory its features, and the weight that its member would give it."""
+    if evidence.belief is None:
+        raise ConfigError("a gate looks at the model's confidence; retrieve with beliefs=True")
+    columns = []
+    for member, mix, found in zip(members, mixes, evidence.memories, strict=True):
+        columns.append(mix.weights.clamp(1e-4, 1 - 1e-4).logit())
+        if isinstance(member, DatastoreMixture):
+            columns.append(features(found, evidence.belief, member.temperature, member.k))
+        else:
+            columns.append(_cache_features(found, evidence.belief, mix.log_shares[0]))
+    return torch.cat(columns, dim=1)
+
+
+def _cache_features(found: Found, belief: Belief, log_shares: Tensor) -> Tensor:
+    """Return how full the cache is, how peaked, and how far it agrees with the model, shape (n, 4)."""
+    found = found.nearest(log_shares.shape[1])
+    shares = log_shares.exp()
+    of_choice = (shares * (found.tokens == belief.top[:, None])).sum(dim=1)
+    entropy = -(shares * log_shares.clamp_min(-1e9)).sum(dim=1)
+    columns = [(found.present.sum(dim=1) + 1.0).log(), shares.amax(dim=1), entropy, of_choice]
+    return torch.stack(columns, dim=1)

@@ -1,0 +1,88 @@
+"""A retrieval pass over held-out text, in the form in which every kind of mixture is fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..evidence import Evidence, Found
+from ._mixture import Mixture
+
+FOLDS = 5
+_BLOCK = 2048  # targets looked at together
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is known of n targets of held-out text.
+
+    Attributes:
+        targets: Int64, shape (n,).
+        lm_log_probs: log p_LM of the targets, float32, shape (n,).
+        evidence: Of the targets.
+        groups: What cross-validation keeps together (a document, a block), int64, shape (n,).
+        statistics: Of the datastore's tokens, shape (vocabulary, 2); see `Datastore.statistics`.
+    """
+
+    targets: Tensor
+    lm_log_probs: Tensor
+    evidence: Evidence
+    groups: npt.NDArray[np.int64]
+    statistics: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def rows(self, rows: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> HeldOut:
+        """Return some of the targets: a mask, or numbers."""
+        chosen = torch.from_numpy(rows)
+        evidence, groups = self.evidence.rows(chosen), self.groups[rows]
+        return HeldOut(self.targets[chosen], self.lm_log_probs[chosen], evidence, groups, self.statistics)
+
+    def memory(self, place: int) -> HeldOut:
+        """Return the same targets with one of the memories alone."""
+        evidence = self.evidence._replace(memories=(self.evidence.memories[place],))
+        return replace(self, evidence=evidence)
+
+    def log_probs(self, mixture: Mixture) -> Tensor:
+        """Return the mixture's log probability of every target, float64, shape (n,)."""
+        evidence = self.evidence.nearest(mixture.ks)
+        parts = []
+        for start in range(0, len(self), _BLOCK):
+            rows = torch.arange(start, min(start + _BLOCK, len(self)))
+            mixed = mixture.target_log_probs(self.lm_log_probs[rows], self.targets[rows], evidence.rows(rows))
+            parts.append(mixed.double())
+        return torch.cat(parts)
+
+
+class Split(NamedTuple):
+    """Targets to fit on, and targets to judge by."""
+
+    fitted: npt.NDArray[np.bool_]
+    held: npt.NDArray[np.bool_]
+
+
+def folds(groups: npt.NDArray[np.int64], number: int = FOLDS) -> list[Split]:
+    """Split targets for cross-validation; every group is held out once. Nothing for a single group."""
+    fold = np.unique(groups, return_inverse=True)[1] % number
+    splits = [Split(fold != held, fold == held) for held in np.unique(fold)]
+    return splits if len(splits) > 1 else []
+
+
+def memory_probabilities(found: Found, targets: Tensor, ks: list[int], temperature: float) -> Tensor:
+    """Return p_kNN of every target for several k, float64, shape (n, number of ks); neighbors come nearest first."""
+    result = []
+    columns = torch.tensor(ks) - 1
+    for start in range(0, len(targets), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        distances = found.distances[rows]
+        scores = ((distances[:, :1] - distances) / temperature).exp().masked_fill(~found.present[rows], 0.0)
+        matching = scores * (found.tokens[rows] == targets[rows, None])
+        total = scores.cumsum(dim=1)[:, columns].double()
+        result.append(matching.cumsum(dim=1)[:, columns].double() / total.clamp_min(1e-300))
+    return torch.cat(result)

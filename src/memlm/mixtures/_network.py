@@ -1,0 +1,100 @@
+"""A small network as a value: tensors that are saved with a mixture, and never trained in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+
+class Network:
+    """Standardized features → tanh layers → outputs.
+
+    Args:
+        mean: Of each feature, float32, shape (features,).
+        scale: By which each is divided, positive, same shape.
+        layers: Weight (outputs, inputs) and bias (outputs,) of each layer in turn.
+
+    Raises:
+        ConfigError: Shapes do not fit one another, or a number is not finite.
+    """
+
+    def __init__(self, mean: Tensor, scale: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        width = len(mean)
+        sound = mean.ndim == 1 and mean.shape == scale.shape and bool((scale > 0).all()) and bool(layers)
+        for weight, bias in layers:
+            sound = sound and weight.ndim == 2 and tuple(weight.shape) == (len(bias), width)
+            width = len(bias)
+        tensors = [mean, scale, *(part for layer in layers for part in layer)]
+        if not sound or not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise ConfigError("the network of this mixture is damaged: its layers do not fit; fit it again")
+        self.mean, self.scale, self.layers = mean, scale, tuple((weight, bias) for weight, bias in layers)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that were fitted."""
+        return sum(part.numel() for layer in self.layers for part in layer)
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that it says of each target."""
+        return len(self.layers[-1][1])
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return what it says of features of shape (n, features), shape (n, outputs)."""
+        if features.shape[1] != len(self.mean):
+            raise ConfigError(
+                f"the network expects {len(self.mean)} features, {features.shape[1]} are given; k or the memories "
+                "differ from those that it was fitted to"
+            )
+        state = self.standardized(features)
+        for place, (weight, bias) in enumerate(self.layers):
+            state = nn.functional.linear(state, weight.to(state.device), bias.to(state.device))
+            if place + 1 < len(self.layers):
+                state = state.tanh()
+        return state
+
+    def standardized(self, features: Tensor) -> Tensor:
+        """Return features of mean 0 and deviation 1 on the text that was fitted; what is far outside is cut off."""
+        return ((features - self.mean.to(features.device)) / self.scale.to(features.device)).clamp(-6, 6)
+
+    def with_last_bias(self, bias: Tensor) -> Network:
+        """Return the network that says so much more, `bias` having shape (outputs,)."""
+        weight, old = self.layers[-1]
+        return Network(self.mean, self.scale, [*self.layers[:-1], (weight, old + bias)])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything by name, for saving."""
+        result = {"mean": self.mean, "scale": self.scale}
+        for place, (weight, bias) in enumerate(self.layers):
+            result |= {f"layers.{place}.weight": weight, f"layers.{place}.bias": bias}
+        return result
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Network:
+        """Take back what `tensors` gave.
+
+        Raises:
+            ConfigError: A tensor is missing, or does not fit.
+        """
+        try:
+            number = sum(name.endswith(".weight") for name in tensors)
+            layers = [(tensors[f"layers.{place}.weight"], tensors[f"layers.{place}.bias"]) for place in range(number)]
+            return cls(tensors["mean"], tensors["scale"], layers)
+        except KeyError as error:
+            raise ConfigError(f"the network of this mixture lacks {error}; fit it again") from error
+
+    @classmethod
+    def new(cls, features: Tensor, widths: Sequence[int], seed: int = 0) -> Network:
+        """Return a network that says zero of everything, for features like these; hidden layers are drawn."""
+        scale = features.std(dim=0).clamp_min(1e-6) if len(features) > 1 else torch.ones(features.shape[1])
+        generator = torch.Generator().manual_seed(seed)
+        layers, inputs = [], features.shape[1]
+        for place, outputs in enumerate(widths):
+            size = inputs**-0.5 if place + 1 < len(widths) else 0.0
+            layers.append((torch.randn(outputs, inputs, generator=generator) * size, torch.zeros(outputs)))
+            inputs = outputs
+        return cls(features.mean(dim=0), scale, layers)

@@ -1,0 +1,39 @@
+"""The corrections of a kNN-Adapter (Huang et al. 2023, arXiv:2302.10879): p_kNN reshaped, target by target.
+
+The paper learns λ and a temperature. The bias is memlm's: a heavy tail, which lets many far neighbors speak where the
+nearest are few, in the place of a softmax that has forgotten them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def adapted_log_weights(
+    distances: Tensor, present: Tensor, temperature: float, sharpness: Tensor, tail: Tensor
+) -> Tensor:
+    """Return the log share of every neighbor: log softmax(−s (d − d₁) / T − b log(1 + (d − d₁) / T)).
+
+    Args:
+        distances: Squared L2, float32, shape (n, k); not used where absent. d₁ is the smallest of a row.
+        present: Bool, shape (n, k).
+        temperature: T, positive.
+        sharpness: s of every target, not negative, shape (n,).
+        tail: b of every target, shape (n,).
+
+    Returns:
+        Natural logs, float32, shape (n, k): −inf where absent, and a whole row of −inf where no neighbor is present.
+
+    Example:
+        >>> one, zero = torch.ones(1), torch.zeros(1)
+        >>> adapted_log_weights(torch.tensor([[0.0, 1.0]]), torch.tensor([[True, True]]), 1.0, zero, one).exp()
+        tensor([[0.6667, 0.3333]])
+    """
+    distances = distances.masked_fill(~present, torch.inf)
+    nearest = distances.amin(dim=-1, keepdim=True)
+    beyond = ((distances - nearest) / temperature).masked_fill(~present, 0.0)  # (n, k)
+    scores = -sharpness[:, None] * beyond - tail[:, None] * beyond.log1p()
+    some = present.any(dim=-1, keepdim=True)
+    scores = scores.masked_fill(~present & some, -torch.inf)  # a softmax over nothing would be NaN
+    return scores.log_softmax(dim=-1).masked_fill(~present, -torch.inf)
