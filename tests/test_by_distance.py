@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -12,9 +13,18 @@ from hypothesis import strategies as st
 
 from memlm import KnnMixture, ops
 from memlm.errors import ConfigError
-from memlm.mixtures import BucketMixture, ExponentialMixture, HeldOut, LogisticMixture, choose, fit, load_mixture
+from memlm.mixtures import (
+    BucketMixture,
+    ExponentialMixture,
+    HeldOut,
+    LogisticMixture,
+    best_weight,
+    choose,
+    fit,
+    load_mixture,
+)
 from memlm.mixtures._families import CURVES
-from memlm.mixtures._fit import choose_buckets, fit_buckets, fit_exponential, fit_logistic
+from memlm.mixtures._fit import choose_buckets, fit_buckets, fit_exponential, fit_logistic, gain
 from test_mixtures import VOCABULARY, evidence, rows, temperatures
 
 KINDS = {
@@ -148,3 +158,49 @@ def test_every_kind_is_saved_and_loaded(kind, tmp_path):
 def test_settings_out_of_range_are_refused(make):
     with pytest.raises(ConfigError, match="expected"):
         make()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"kind": "logistic", "scale": 0.5, "center": float("nan"), "length": 1.0},
+        {"kind": "logistic", "scale": 0.5, "center": 1e300, "length": 1.0},
+        {"kind": "logistic", "scale": 0.5, "center": 1.0, "length": 1e-50},
+        {"kind": "exponential", "scale": 1e39, "length": 1.0},
+        {"kind": "exponential", "scale": 10**400, "length": 1.0},
+        {"kind": "buckets", "edges": [float("nan")], "bucket_weights": [0.1, 0.2]},
+        {"kind": "buckets", "edges": [3.0, 3.0], "bucket_weights": [0.1, 0.2, 0.3]},
+        {"kind": "buckets", "edges": [10**30 * 2], "bucket_weights": [0.1, 0.2]},
+    ],
+)
+def test_hostile_numbers_in_a_file_are_refused(values, tmp_path):
+    path = tmp_path / "mixture.json"
+    path.write_text(json.dumps({"temperature": 1.0, "k": 8, **values}))
+    with pytest.raises(ConfigError, match="expected"):
+        load_mixture(path)
+
+
+def test_deep_nesting_in_a_file_is_refused(tmp_path):
+    (tmp_path / "mixture.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        load_mixture(tmp_path / "mixture.json")
+
+
+@pytest.mark.parametrize("kind", ["exponential", "logistic"])
+def test_a_curve_is_never_worse_than_no_curve(kind):
+    """Half of what is asked for is stored, at distance 0, the rest is ten million away: no distance is typical."""
+    generator = np.random.default_rng(0)
+    distances = torch.cat([torch.zeros(500), torch.from_numpy(generator.uniform(0, 1e7, 500)).float()])
+    ratio = torch.from_numpy(np.where(generator.random(1000) < 0.5, 8.0, 0.1))
+    fitted = {"exponential": fit_exponential, "logistic": fit_logistic}[kind](ratio, distances)
+    names = {"exponential": ("scale", "length"), "logistic": ("scale", "center", "length")}[kind]
+    mixture = type(KINDS[kind])(temperature=1.0, k=1, **dict(zip(names, fitted, strict=True)))
+    found = evidence(distances[:, None], torch.zeros(1000, 1, dtype=torch.long), torch.ones(1000, 1, dtype=torch.bool))
+    reached = gain(ratio, mixture.weights(found).double()).mean()
+    assert reached >= gain(ratio, best_weight(ratio)).mean() - 1e-6
+
+
+def test_one_group_is_cross_validated_over_its_parts():
+    train = retrieved()
+    one = dataclasses.replace(train, groups=np.zeros(len(train), np.int64))
+    assert choose(one, KnnMixture(interpolation_weight=0.3, temperature=5.0, k=4)) in ("exponential", "logistic")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .. import ops
 from ..errors import ConfigError
-from ..evidence import Evidence
+from ..evidence import Evidence, Found
 from ._mixture import DatastoreMixture, check_number, check_positive, check_weight, nearest
 
 
@@ -37,7 +37,7 @@ class BucketMixture(DatastoreMixture):
             check_number("edge", edge)
         for weight in self.bucket_weights:
             check_weight(weight)
-        if list(self.edges) != sorted(self.edges) or len(self.edges) + 1 != len(self.bucket_weights):
+        if any(low >= high for low, high in pairwise(self.edges)) or len(self.edges) + 1 != len(self.bucket_weights):
             raise ConfigError(
                 f"{len(self.edges)} edges for {len(self.bucket_weights)} buckets; expected rising edges, one fewer "
                 "than weights"
@@ -47,10 +47,8 @@ class BucketMixture(DatastoreMixture):
     def weights(self, evidence: Evidence) -> Tensor:
         """See `DatastoreMixture.weights`."""
         found = evidence.memories[0]
-        edges, weights = (
-            torch.tensor(part, device=found.distances.device) for part in (self.edges, self.bucket_weights)
-        )
-        return found.present.any(dim=-1) * ops.bucket_weight(nearest(found), edges, weights)
+        edges, weights = (found.distances.new_tensor(part) for part in (self.edges, self.bucket_weights))
+        return found.present.any(dim=-1) * ops.bucket_weight(_near(found), edges, weights)
 
     def curve(self) -> str:
         """See `DatastoreMixture.curve`."""
@@ -82,7 +80,7 @@ class ExponentialMixture(DatastoreMixture):
     def weights(self, evidence: Evidence) -> Tensor:
         """See `DatastoreMixture.weights`."""
         found = evidence.memories[0]
-        return ops.exponential_weight(nearest(found), self.scale, self.length)  # 0 at +inf
+        return found.present.any(dim=-1) * ops.exponential_weight(_near(found), self.scale, self.length)
 
     def curve(self) -> str:
         """See `DatastoreMixture.curve`."""
@@ -117,8 +115,13 @@ class LogisticMixture(DatastoreMixture):
     def weights(self, evidence: Evidence) -> Tensor:
         """See `DatastoreMixture.weights`."""
         found = evidence.memories[0]
-        return ops.logistic_weight(nearest(found), self.scale, self.center, self.length)
+        return found.present.any(dim=-1) * ops.logistic_weight(_near(found), self.scale, self.center, self.length)
 
     def curve(self) -> str:
         """See `DatastoreMixture.curve`."""
         return f"λ = {self.scale:.3g} σ(({self.center:.3g} − d) / {self.length:.3g})"
+
+
+def _near(found: Found) -> Tensor:
+    """Return the distance to the nearest neighbor, shape (n,); where there is none, any number."""
+    return nearest(found).nan_to_num(posinf=0.0)

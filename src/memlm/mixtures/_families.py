@@ -16,7 +16,8 @@ from ._fit import best_weight, choose_buckets, fit_buckets, fit_exponential, fit
 from ._fit_adapter import fit_adapter
 from ._fit_learned import fit_learned
 from ._fixed import KnnMixture
-from ._heldout import HeldOut, folds, memory_probabilities
+from ._folds import folds
+from ._heldout import HeldOut, memory_probabilities
 from ._mixture import DatastoreMixture, nearest
 
 Groups = npt.NDArray[np.int64]

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ._folds import folds
 
 _BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-_FOLDS = 5
+_NO_DROP_OFF = 1e6  # τ / typical distance at which λ no longer falls
 _STEEPEST = 60.0  # median distance / τ, at most: λ₀ must fit into a float32
 
 
@@ -63,16 +64,14 @@ def fit_buckets(ratio: Tensor, distances: Tensor, buckets: int) -> tuple[tuple[f
 
 def choose_buckets(ratio: Tensor, distances: Tensor, groups: np.ndarray) -> int:
     """Return the number of buckets with the best likelihood in cross-validation over groups of tokens, shape (n,)."""
-    fold = torch.from_numpy(np.unique(groups, return_inverse=True)[1] % _FOLDS)
+    splits = [(torch.from_numpy(fitted), torch.from_numpy(held)) for fitted, held in folds(groups)]
     scores = []
     for buckets in _BUCKETS:
         total = 0.0
-        for held in range(_FOLDS):
-            kept, tested = fold != held, fold == held
-            if kept.any() and tested.any():
-                edges, weights = fit_buckets(ratio[kept], distances[kept], buckets)
-                weight = ops.bucket_weight(distances[tested].float(), torch.tensor(edges), torch.tensor(weights))
-                total += float(gain(ratio[tested], weight.double()).sum())
+        for kept, tested in splits:
+            edges, weights = fit_buckets(ratio[kept], distances[kept], buckets)
+            weight = ops.bucket_weight(distances[tested].float(), torch.tensor(edges), torch.tensor(weights))
+            total += float(gain(ratio[tested], weight.double()).sum())
         scores.append(total)
     return _BUCKETS[int(np.argmax(scores))]
 
@@ -82,23 +81,25 @@ def fit_exponential(ratio: Tensor, distances: Tensor) -> tuple[float, float]:
 
     Starts with a long τ, from λ at the median distance; λ₀ is held as λ at the median, so that the two do not fight.
     """
-    middle = float(distances.median())
+    middle = _typical(distances)
     start = max(best_weight(ratio), 1e-3)
 
     def weight(parameters: Tensor) -> Tensor:
         at_middle, inverse = parameters[0].exp(), parameters[1].exp().clamp_max(_STEEPEST)
-        return (at_middle * torch.exp((middle - distances.double()) / max(middle, 1e-9) * inverse)).clamp_max(
-            ops.LARGEST
-        )
+        return (at_middle * torch.exp((middle - distances.double()) / middle * inverse)).clamp_max(ops.LARGEST)
 
-    best = _descend(ratio, weight, [[np.log(start), np.log(inverse)] for inverse in (0.1, 0.5, 2.0)])
-    inverse = min(float(best[1].exp()), _STEEPEST) / max(middle, 1e-9)
+    starts = [[np.log(start), np.log(inverse)] for inverse in (1e-6, 0.1, 0.5, 2.0)]
+    best, value = _descend(ratio, weight, starts)
+    constant = best_weight(ratio)
+    if value < float(gain(ratio, constant).mean()):  # no drop-off is one, too
+        return max(constant, 1e-6), _NO_DROP_OFF * middle
+    inverse = min(float(best[1].exp()), _STEEPEST) / middle
     return float(best[0].exp() * np.exp(middle * inverse)), 1 / inverse
 
 
 def fit_logistic(ratio: Tensor, distances: Tensor) -> tuple[float, float, float]:
     """Return (λ₀, c, τ) of λ(d) = min(λ₀ σ((c − d) / τ), 1 − 10⁻⁴)."""
-    middle = max(float(distances.median()), 1e-9)
+    middle = _typical(distances)
     start = min(max(best_weight(ratio), 0.02), 0.98)
 
     def weight(parameters: Tensor) -> Tensor:
@@ -107,13 +108,22 @@ def fit_logistic(ratio: Tensor, distances: Tensor) -> tuple[float, float, float]
 
     logit = np.log(start / (1 - start))
     starts = [[logit + 1, center, np.log(length)] for center in (1.0, 2.0) for length in (0.2, 1.0)]
-    best = _descend(ratio, weight, starts)
+    best, value = _descend(ratio, weight, starts)
+    constant = best_weight(ratio)
+    if value < float(gain(ratio, constant).mean()):
+        return max(constant, 1e-6), 20 * _NO_DROP_OFF * middle, _NO_DROP_OFF * middle  # σ(20) is 1 in a float32
     scale, center, length = best[0].sigmoid(), best[1] * middle, best[2].exp() * middle
     return float(scale), float(center), float(length)
 
 
-def _descend(ratio: Tensor, weight: Callable[[Tensor], Tensor], starts: list[list[float]]) -> Tensor:
-    """Return the parameters, of those reached from several starts by L-BFGS, with the best likelihood."""
+def _typical(distances: Tensor) -> float:
+    """Return the median of the distances above zero; many may be zero, where text is stored that is asked for."""
+    positive = distances[distances > 0]
+    return max(float(positive.median()), 1e-9) if len(positive) else 1.0
+
+
+def _descend(ratio: Tensor, weight: Callable[[Tensor], Tensor], starts: list[list[float]]) -> tuple[Tensor, float]:
+    """Return the parameters, of those reached from several starts by L-BFGS, with the best mean gain, and that."""
     reached = []
     for start in starts:
         parameters = torch.tensor(start, dtype=torch.float64, requires_grad=True)
@@ -130,4 +140,5 @@ def _descend(ratio: Tensor, weight: Callable[[Tensor], Tensor], starts: list[lis
             value = float(-gain(ratio, weight(parameters)).mean())
         if np.isfinite(value):
             reached.append((value, parameters.detach()))
-    return min(reached, key=lambda item: item[0])[1]
+    least, best = min(reached, key=lambda item: item[0])
+    return best, -least

@@ -13,7 +13,8 @@ from .. import ops
 from ..errors import ConfigError
 from ._fit import gain
 from ._fixed import KnnMixture
-from ._heldout import HeldOut, folds, memory_probabilities
+from ._folds import folds
+from ._heldout import HeldOut, memory_probabilities
 from ._learned import LearnedMixture, context_features
 from ._network import Network
 from ._train import train

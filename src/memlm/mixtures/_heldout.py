@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,6 @@ from torch import Tensor
 from ..evidence import Evidence, Found
 from ._mixture import Mixture
 
-FOLDS = 5
 _BLOCK = 2048  # targets looked at together
 
 
@@ -58,20 +56,6 @@ class HeldOut:
             mixed = mixture.target_log_probs(self.lm_log_probs[rows], self.targets[rows], evidence.rows(rows))
             parts.append(mixed.double())
         return torch.cat(parts)
-
-
-class Split(NamedTuple):
-    """Targets to fit on, and targets to judge by."""
-
-    fitted: npt.NDArray[np.bool_]
-    held: npt.NDArray[np.bool_]
-
-
-def folds(groups: npt.NDArray[np.int64], number: int = FOLDS) -> list[Split]:
-    """Split targets for cross-validation; every group is held out once. Nothing for a single group."""
-    fold = np.unique(groups, return_inverse=True)[1] % number
-    splits = [Split(fold != held, fold == held) for held in np.unique(fold)]
-    return splits if len(splits) > 1 else []
 
 
 def memory_probabilities(found: Found, targets: Tensor, ks: list[int], temperature: float) -> Tensor:

@@ -21,6 +21,8 @@ from ..evidence import Belief, Evidence, Found
 from ..files import write_atomically, write_json
 from ._network import Network
 
+_LARGEST_NUMBER = 1e30
+
 
 class Mix(NamedTuple):
     """How n targets are mixed.
@@ -132,12 +134,9 @@ class DatastoreMixture(Mixture):
     k: int = 1024
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature)
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ConfigError(
-                f"temperature is {self.temperature}; expected a positive number, about the size of a "
-                "typical squared distance; `memlm tune` finds one"
-            )
+        check_positive(
+            "temperature", self.temperature, "about the size of a typical squared distance; `memlm tune` finds one"
+        )
         check_count("k", self.k)
 
     @property
@@ -186,29 +185,37 @@ def nearest(found: Found) -> Tensor:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise ConfigError unless this is a number."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}; expected a number")
+    """Raise ConfigError unless this is a number that a float32 can hold with room to spare."""
+    if not abs(_as_float(name, value)) <= _LARGEST_NUMBER:
+        raise ConfigError(f"{name} is {_as_float(name, value)}; expected a number of size up to {_LARGEST_NUMBER:.0e}")
 
 
 def check_weight(value: Any) -> None:
     """Raise ConfigError unless this can be a λ."""
-    check_number("interpolation_weight", value)
-    if not 0.0 <= value <= 1.0:
+    number = _as_float("interpolation_weight", value)
+    if not 0.0 <= number <= 1.0:
         raise ConfigError(
-            f"interpolation weight λ is {value}; expected a number from 0 (the model alone) to 1 (the memory alone)"
+            f"interpolation weight λ is {number}; expected a number from 0 (the model alone) to 1 (the memory alone)"
         )
 
 
 def check_count(name: str, value: Any) -> None:
     """Raise ConfigError unless this is a number of neighbors."""
-    check_number(name, value)
-    if not isinstance(value, Integral) or value < 1:
-        raise ConfigError(f"{name} is {value}; expected a whole number of neighbors, at least 1")
+    if not isinstance(value, Integral) or not _as_float(name, value) >= 1:
+        raise ConfigError(f"{name} is {_as_float(name, value):g}; expected a whole number of neighbors, at least 1")
 
 
-def check_positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any, hint: str = "`memlm tune` finds one") -> None:
     """Raise ConfigError unless this is a positive number."""
-    check_number(name, value)
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{name} is {value}; expected a positive number; `memlm tune` finds one")
+    number = _as_float(name, value)
+    if not 1 / _LARGEST_NUMBER <= number <= _LARGEST_NUMBER:
+        raise ConfigError(f"{name} is {number}; expected a positive number; {hint}")
+
+
+def _as_float(name: str, value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; expected a number")
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf

@@ -48,7 +48,7 @@ def load_mixture(path: str | Path) -> Mixture:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist; `memlm tune … --save {path}` makes one") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}; expected a saved mixture") from error
     if isinstance(values, dict):
         values.pop("fitted_with", None)
@@ -61,7 +61,7 @@ def load_mixture(path: str | Path) -> Mixture:
             raise ConfigError(f"{beside} cannot be read: {error}; save the mixture again") from error
     try:
         return _filled(values, tensors, path)
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{path} holds a value of the wrong type: {error}; save the mixture again") from error
 
 
