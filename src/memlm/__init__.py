@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Loaded on first use, so that `memlm --help` does not wait for torch.
 _LAZY = {
+    "BlackBox": "models",
     "Corpus": "documents",
     "Datastore": "datastore",
     "Document": "documents",
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from .evaluation import overlap as overlap
     from .evaluation import tune as tune
     from .mixtures import KnnMixture as KnnMixture
+    from .models import BlackBox as BlackBox
     from .models import LanguageModel as LanguageModel
     from .models import attach as attach
     from .models import load as load
     from .models import reference_lm as reference_lm
 
 __all__ = [
+    "BlackBox",
     "Corpus",
     "Datastore",
     "Document",

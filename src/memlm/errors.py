@@ -5,7 +5,8 @@ MemlmError
 ├── ShapeError             tensors that do not fit together (also a ValueError)
 ├── CorpusError            text that cannot be read, or no text at all
 ├── ModelError             a model or tokenizer that cannot be loaded or used
-│   └── UnsupportedArchitecture   no key site was found in the model
+│   ├── UnsupportedArchitecture   no key site was found in the model
+│   └── EndpointError      a model behind an endpoint that cannot be reached, or answers something else
 └── DatastoreError         a datastore that cannot be opened or used
     ├── DatastoreMismatch  it was built with another model, tokenizer or key site
     ├── DatastoreCorrupt   its files are damaged or unsafe
@@ -40,6 +41,10 @@ class ModelError(MemlmError):
 
 class UnsupportedArchitecture(ModelError):
     """No key site was found in the model."""
+
+
+class EndpointError(ModelError):
+    """A model behind an endpoint could not be reached, or did not answer as it should."""
 
 
 class DatastoreError(MemlmError):

@@ -44,10 +44,10 @@ class Belief(NamedTuple):
     Attributes:
         keys: What it saw, float32, shape (n, key width).
         last: The token that it has just read, int64, shape (n,).
-        top: Its most likely next token, int64, shape (n,).
+        top: Its most likely next token, int64, shape (n,); −1 where a black box does not tell which.
         confidence: log p_LM of that token, float32, shape (n,).
         entropy: Of p_LM, in nats, float32, shape (n,).
-        normalizer: logsumexp of its logits, float32, shape (n,).
+        normalizer: logsumexp of its logits, float32, shape (n,); NaN where only probabilities are known.
     """
 
     keys: Tensor

@@ -18,7 +18,7 @@ from ..text import printable
 if TYPE_CHECKING:
     from ..datastore import Datastore
     from ..mixtures import Mixture as AnyMixture
-    from ..models import LanguageModel
+    from ..models import BlackBox, LanguageModel
 
 Model = Annotated[str, typer.Argument(help="'reference', a folder made by save_pretrained, or a name on the hub.")]
 Memory = Annotated[Path, typer.Argument(help="Folder of the datastore.", metavar="DATASTORE")]
@@ -35,6 +35,15 @@ MaxTokens = Annotated[int | None, typer.Option(help="Use so many tokens of the t
 Mixture = Annotated[Path | None, typer.Option(help="Settings saved by `memlm tune --save`.")]
 Weight = Annotated[float | None, typer.Option("--lambda", help="Interpolation weight λ, the memory's, in [0, 1].")]
 Temperature = Annotated[float | None, typer.Option(help="Divides squared distances.")]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        help="Base URL of an OpenAI-compatible API, such as http://localhost:8000/v1: the model is there, and MODEL "
+        "makes the keys alone. OPENAI_API_KEY is sent."
+    ),
+]
+EndpointModel = Annotated[str | None, typer.Option(help="Name of the model at --endpoint; same tokenizer as MODEL.")]
+TopLogprobs = Annotated[int, typer.Option(min=1, help="Most likely tokens asked of --endpoint at every place.")]
 K = Annotated[int | None, typer.Option("--k", help="Neighbors a token.")]
 
 
@@ -91,6 +100,17 @@ def open_all(
         settings = dataclasses.replace(settings, k=min(settings.k, len(memory)))
     check_k(max(settings.ks), memory)
     return load_for(memory, model, dtype, device), memory, settings
+
+
+def behind(endpoint: str | None, model: str | None, top: int, encoder: LanguageModel) -> LanguageModel | BlackBox:
+    """Return the model at an endpoint, if one is given, with the model loaded as its encoder."""
+    if (endpoint is None) != (model is None):
+        raise ConfigError("--endpoint URL and --endpoint-model NAME come together; pass both, or neither")
+    if endpoint is None or model is None:
+        return encoder
+    from ..models import BlackBox
+
+    return BlackBox(endpoint, model, encoder, top=top)
 
 
 def check_k(k: int, memory: Datastore) -> None:

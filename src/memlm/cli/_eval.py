@@ -14,12 +14,16 @@ def evaluate(
     temperature: common.Temperature = None,
     k: common.K = None,
     max_tokens: common.MaxTokens = None,
+    endpoint: common.Endpoint = None,
+    endpoint_model: common.EndpointModel = None,
+    top_logprobs: common.TopLogprobs = 20,
     dtype: common.Dtype = "float32",
     device: common.Device = None,
     json: common.Json = False,
 ) -> None:
     """Score text by the model alone and with the memory: perplexity per token, word and byte, and tokens a second."""
-    lm, memory, settings = common.open_all(model, datastore, mixture, weight, temperature, k, dtype, device)
+    encoder, memory, settings = common.open_all(model, datastore, mixture, weight, temperature, k, dtype, device)
+    lm = common.behind(endpoint, endpoint_model, top_logprobs, encoder)
     from ..evaluation import evaluate as measure
 
     result = measure(lm, [str(path) for path in text], memory, settings, max_tokens=max_tokens)

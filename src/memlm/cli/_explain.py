@@ -21,6 +21,9 @@ def explain(
     k: common.K = None,
     html: Annotated[Path | None, typer.Option(help="Write a page that needs nothing else.")] = None,
     sources: Annotated[int, typer.Option(min=1, help="Neighbors shown a token.")] = 5,
+    endpoint: common.Endpoint = None,
+    endpoint_model: common.EndpointModel = None,
+    top_logprobs: common.TopLogprobs = 20,
     dtype: common.Dtype = "float32",
     device: common.Device = None,
     json: common.Json = False,
@@ -36,7 +39,8 @@ def explain(
             raise ConfigError(f"{path} is a folder; expected a file after @")
         title, text = path.name, next(iter(Corpus(path))).text
     common.check_text("text", text)
-    lm, memory, settings = common.open_all(model, datastore, mixture, weight, temperature, k, dtype, device)
+    encoder, memory, settings = common.open_all(model, datastore, mixture, weight, temperature, k, dtype, device)
+    lm = common.behind(endpoint, endpoint_model, top_logprobs, encoder)
     from ..evaluation import explain as explain_text
 
     explanation = explain_text(lm, text, memory, settings, sources=sources, title=title)

@@ -20,6 +20,9 @@ def tune(
     ] = "knn",
     max_k: Annotated[int | None, typer.Option(help="Most neighbors a token; 1,024, or all, by default.")] = None,
     max_tokens: common.MaxTokens = 20_000,
+    endpoint: common.Endpoint = None,
+    endpoint_model: common.EndpointModel = None,
+    top_logprobs: common.TopLogprobs = 20,
     dtype: common.Dtype = "float32",
     device: common.Device = None,
     json: common.Json = False,
@@ -34,7 +37,8 @@ def tune(
     memory = Datastore(datastore)
     max_k = min(1024, len(memory)) if max_k is None else max_k
     common.check_k(max_k, memory)
-    lm = common.load_for(memory, model, dtype, device)
+    encoder = common.load_for(memory, model, dtype, device)
+    lm = common.behind(endpoint, endpoint_model, top_logprobs, encoder)
     settings = {"kind": mixture, "max_k": max_k, "max_tokens": max_tokens}
     report = tune_report(lm, memory, [str(path) for path in text], **settings)
     common.emit({**report.to_dict(), "grid": report.grid}, report.verdict(), json)

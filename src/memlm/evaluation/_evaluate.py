@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..cache import Cache
 from ..datastore import Datastore
 from ..mixtures import Mixture
-from ..models import LanguageModel
+from ..models import Scorer
 from ._bootstrap import Interval, paired_bootstrap
 from ._retrieval import Text, as_memories, retrieve
 
@@ -130,7 +130,7 @@ class Evaluation:
 
 
 def evaluate(
-    lm: LanguageModel,
+    lm: Scorer,
     source: Any,
     memory: Any,
     mixture: Mixture,
@@ -144,7 +144,7 @@ def evaluate(
     Times are of the same pass: the model's forward alone, and forward, search and mixing together.
 
     Args:
-        lm: The model that made the datastore's keys.
+        lm: The model that made the datastore's keys, or a `BlackBox` whose encoder made them.
         source: Text neither stored in the datastore nor tuned on; documents that are stored do not see their own
             entries.
         memory: A datastore, a cache, or a list of those, as the mixture expects.

@@ -14,13 +14,13 @@ from ..datastore import Datastore
 from ..documents import Document
 from ..evidence import Evidence
 from ..mixtures import Mixture
-from ..models import LanguageModel
+from ..models import Scorer
 from ._explanation import ExplainedToken, Explanation, Source
 from ._retrieval import Memory, Retrieved, Text, as_memories, retrieve
 
 
 def explain(
-    lm: LanguageModel,
+    lm: Scorer,
     text: str,
     memory: Any,
     mixture: Mixture,
@@ -33,7 +33,7 @@ def explain(
     """Explain every token of a text.
 
     Args:
-        lm: The model that made the datastore's keys.
+        lm: The model that made the datastore's keys, or a `BlackBox` whose encoder made them.
         text: What to explain; it is scored as one document, as `evaluate` would.
         memory: A datastore, a cache, or a list of those, as the mixture expects.
         mixture: How to mix.

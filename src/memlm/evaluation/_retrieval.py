@@ -17,7 +17,7 @@ from ..datastore import Datastore
 from ..documents import Corpus, Document, describe
 from ..errors import ConfigError, CorpusError
 from ..evidence import Belief, Evidence, Found, join, join_beliefs
-from ..models import LanguageModel, ScoredBatch
+from ..models import ScoredBatch, Scorer
 from ..progress import progress
 
 _GROUP = 1 << 15  # tokens of documents that are cut and batched together
@@ -68,7 +68,7 @@ class Text:
         CorpusError: No text, or no token of it is a target.
     """
 
-    def __init__(self, lm: LanguageModel, source: Any, max_tokens: int | None = None) -> None:
+    def __init__(self, lm: Scorer, source: Any, max_tokens: int | None = None) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise ConfigError(f"max_tokens is {max_tokens}; expected at least 1, or None for the whole text")
         documents = [source] if isinstance(source, Document) else list(Corpus(source))
@@ -119,7 +119,7 @@ def as_memories(memory: Any) -> list[Memory]:
     return memories
 
 
-def check_same(lm: LanguageModel, memory: Datastore) -> None:
+def check_same(lm: Scorer, memory: Datastore) -> None:
     """Refuse a model that did not make the datastore; warn where it is fed in other windows."""
     memory.manifest.check_bound(lm.identity)
     if lm.identity["windows"] != memory.manifest.windows:
@@ -132,7 +132,7 @@ def check_same(lm: LanguageModel, memory: Datastore) -> None:
 
 
 def retrieve(
-    lm: LanguageModel,
+    lm: Scorer,
     text: Text,
     memory: Any,
     ks: Sequence[int],
@@ -146,7 +146,7 @@ def retrieve(
     """Score every target by the model and find its neighbors, batch by batch.
 
     Args:
-        lm: The model that made the keys.
+        lm: The model that made the keys, or a `BlackBox` whose encoder made them.
         text: What to score.
         memory: Where to search: a datastore, a cache, or a list of those.
         ks: Neighbors a target, one number a memory; a cache returns all that it remembers.

@@ -17,7 +17,7 @@ from ..datastore import Datastore
 from ..errors import ConfigError
 from ..mixtures import FITTED, HeldOut, KnnMixture, Mixture, best_weight, choose, fit
 from ..mixtures._heldout import memory_probabilities
-from ..models import LanguageModel
+from ..models import Scorer
 from ._bootstrap import Interval, paired_bootstrap, units
 from ._retrieval import Retrieved, Text, gather, retrieve
 
@@ -68,7 +68,7 @@ class Tuning:
         return f"memory does not help here: at best {change} with {settings}; gain {self.gain}; λ is set to 0"
 
 
-def tune(lm: LanguageModel, memory: Datastore, source: Any, **settings: Any) -> Mixture:
+def tune(lm: Scorer, memory: Datastore, source: Any, **settings: Any) -> Mixture:
     """Choose λ, temperature and k by the likelihood of held-out text; see `tune_report` for the settings.
 
     Warns where the memory does not help; the mixture returned is then the model alone (λ = 0).
@@ -80,7 +80,7 @@ def tune(lm: LanguageModel, memory: Datastore, source: Any, **settings: Any) -> 
 
 
 def tune_report(
-    lm: LanguageModel,
+    lm: Scorer,
     memory: Datastore,
     source: Any,
     *,
@@ -95,7 +95,7 @@ def tune_report(
     pair. Documents of the held-out text that are stored in the datastore do not see their own entries.
 
     Args:
-        lm: The model that made the datastore's keys.
+        lm: The model that made the datastore's keys, or a `BlackBox` whose encoder made them.
         memory: The datastore.
         source: Held-out text: neither stored nor reported on.
         kind: How λ is set: "knn" (one λ), "buckets", "exponential" or "logistic" (by the nearest distance), "learned"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ConfigError
-from ..evidence import Evidence
+from ..evidence import Belief, Evidence
 from ._mixture import Mix, Mixture, check_count, check_number, check_weight
 
 
@@ -105,17 +105,32 @@ class SharedCacheMixture(_CacheMixture):
 
     def mix(self, evidence: Evidence) -> Mix:
         """See `Mixture.mix`."""
-        if evidence.belief is None:
-            raise ConfigError("one softmax needs the normalizer of the model's logits; retrieve with beliefs=True")
+        normalizer = known_normalizer(evidence.belief)
         scores = self._scores(evidence)
         some = evidence.memories[0].present.any(dim=1, keepdim=True)
         mass = scores.logsumexp(dim=1).masked_fill(~some[:, 0], -torch.inf)
-        weight = ops.shared_softmax_weight(mass, evidence.belief.normalizer, self.bias)
+        weight = ops.shared_softmax_weight(mass, normalizer, self.bias)
         return Mix(weight[:, None], (_log_shares(scores, some),))
 
     def describe(self) -> str:
         """See `Mixture.describe`."""
         return f"one softmax, α {self.bias:.3g}, {self._past()}"
+
+
+def known_normalizer(belief: Belief | None) -> Tensor:
+    """Return logsumexp of the model's logits, float32, shape (n,).
+
+    Raises:
+        ConfigError: Beliefs are missing, or are those of a black box, which shows probabilities alone.
+    """
+    if belief is None:
+        raise ConfigError("one softmax needs the normalizer of the model's logits; retrieve with beliefs=True")
+    if bool(belief.normalizer.isnan().any()):
+        raise ConfigError(
+            "one softmax needs the normalizer of the model's logits, which a black box does not tell; use the linear "
+            "form of the cache"
+        )
+    return belief.normalizer
 
 
 def _log_shares(scores: Tensor, some: Tensor) -> Tensor:

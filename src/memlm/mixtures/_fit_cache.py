@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ._cache import CacheMixture, SharedCacheMixture
+from ._cache import CacheMixture, SharedCacheMixture, known_normalizer
 from ._fit import best_weight
 from ._heldout import HeldOut
 
@@ -51,13 +51,12 @@ def fit_cache(held: HeldOut, *, forgets: bool) -> CacheMixture:
 def fit_shared_cache(held: HeldOut, *, forgets: bool) -> SharedCacheMixture:
     """Fit the form with one softmax; see `fit_cache`. The evidence must hold beliefs."""
     sample = _sample(held)
-    belief = sample.evidence.belief
-    assert belief is not None
+    normalizer = known_normalizer(sample.evidence.belief)
 
     def loss(parameters: Tensor) -> Tensor:
         scale, forgetting = parameters[1].exp(), _forgetting(parameters, 2, forgets)
         log_p, mass = _likelihood(sample, scale, forgetting)
-        weight = ops.shared_softmax_weight(mass, belief.normalizer, parameters[0])
+        weight = ops.shared_softmax_weight(mass, normalizer, parameters[0])
         ratio = (log_p - sample.lm_log_probs).clamp_max(60).exp()
         return -torch.log1p(weight.clamp_max(ops.LARGEST) * (ratio - 1)).mean()
 
@@ -65,7 +64,7 @@ def fit_shared_cache(held: HeldOut, *, forgets: bool) -> SharedCacheMixture:
     starts = []
     for factor in (0.3, 1.0):
         _, mass = _likelihood(sample, scale * factor, 0.0)
-        bias = float((belief.normalizer - mass)[mass.isfinite()].median()) - 2 if bool(mass.isfinite().any()) else 0.0
+        bias = float((normalizer - mass)[mass.isfinite()].median()) - 2 if bool(mass.isfinite().any()) else 0.0
         starts.append([bias, math.log(scale * factor), -math.log(_AGE)])
     found = _descend(loss, starts, forgets)
     return SharedCacheMixture(

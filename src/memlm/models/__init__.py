@@ -1,11 +1,23 @@
 """Models: the only code that knows Hugging Face modules."""
 
 from ._attach import attach as attach
+from ._black_box import BlackBox as BlackBox
 from ._language_model import LanguageModel as LanguageModel
 from ._language_model import ScoredBatch as ScoredBatch
+from ._language_model import Scorer as Scorer
 from ._load import load as load
 from ._load import reference_lm as reference_lm
 from ._sites import KeySite as KeySite
 from ._sites import find_key_site as find_key_site
 
-__all__ = ["KeySite", "LanguageModel", "ScoredBatch", "attach", "find_key_site", "load", "reference_lm"]
+__all__ = [
+    "BlackBox",
+    "KeySite",
+    "LanguageModel",
+    "ScoredBatch",
+    "Scorer",
+    "attach",
+    "find_key_site",
+    "load",
+    "reference_lm",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,31 @@ class ScoredBatch(NamedTuple):
     log_probs: Tensor
     keys: Tensor
     belief: Belief | None = None
+
+
+class Scorer(Protocol):
+    """What evaluation needs of a model: a `LanguageModel` or a `BlackBox`."""
+
+    name: str
+    tokenizer: Any
+
+    @property
+    def windows(self) -> WindowScheme:
+        """How documents are cut."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a datastore with such keys is bound to."""
+        ...
+
+    def tokenize(self, document: Document) -> TokenizedDocument:
+        """Return a document's token ids and where they stand in its text."""
+        ...
+
+    def score(self, sequences: Iterable[np.ndarray], *, beliefs: bool = False) -> Iterator[ScoredBatch]:
+        """Yield log p_LM and key of every target, and what the model believes."""
+        ...
 
 
 class LanguageModel:

@@ -1,0 +1,167 @@
+"""A black box: a model behind an endpoint, of which nothing but log-probabilities is known, with another one's keys.
+
+A small encoder on this machine makes the keys of datastore and queries; the endpoint says p_LM. So kNN-LM, and the
+kNN-Adapter that is made for this (Huang et al. 2023, arXiv:2302.10879), work with models that show no hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..documents import Document
+from ..errors import ConfigError
+from ..evidence import Belief
+from ._echo import Echo
+from ._endpoint import Endpoint
+from ._language_model import LanguageModel, ScoredBatch
+from ._token_names import TokenNames
+from ._windows import TokenizedDocument, WindowBatch, WindowScheme, batch_windows
+
+_ENTRIES = 1 << 20  # alternatives in one answer, about: some 30 MB of JSON
+
+
+class BlackBox:
+    """A model behind an OpenAI-compatible completions endpoint, in the place of a `LanguageModel`.
+
+    It can be evaluated, tuned and explained, but nothing can be attached to it. Datastores are bound to the encoder.
+
+    The belief that mixtures see is made of the `top` most likely tokens. By the *rest-bucket rule* all other tokens
+    count as one outcome in the entropy, with the probability that remains: it is then never too high, and exact where
+    `top` covers the vocabulary. A target outside the top is in the rest, too, though its probability is known: λ must
+    not depend on the token that it is to predict. Logits stay unknown, and their normalizer is NaN; the mixture that
+    needs it, one softmax with a cache, refuses a black box.
+
+    Tokens are sent as ids. Servers that return them as "token_id:17" (vLLM) are understood best. Others name them by
+    text: by the vocabulary's own string or the decoded one. A name that several tokens share, such as "�" for a part of
+    a character, tells no id: such a token counts in confidence and entropy, but agrees with no neighbor, and of several
+    in one place all but one are lost to the rest.
+
+    Args:
+        url: Base of the API, such as http://localhost:8000/v1.
+        model: Name of the model there; its tokenizer must be the encoder's.
+        encoder: Makes the keys; its windows are the endpoint's, so that both see the same left context. The server must
+            take `context` + `stride` + 1 tokens.
+        top: Most likely tokens asked for; servers have limits (vLLM: `--max-logprobs`, 20 by default).
+        api_key: None takes the environment's OPENAI_API_KEY, if there is one.
+        timeout: Seconds to wait for the server, each time.
+        retries: Further attempts after 429, 5xx, time-outs and broken connections.
+
+    Raises:
+        ConfigError: The URL or a number cannot work.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        encoder: LanguageModel,
+        *,
+        top: int = 20,
+        api_key: str | None = None,
+        timeout: float = 120.0,
+        retries: int = 4,
+    ) -> None:
+        if top < 1:
+            raise ConfigError(f"top is {top}; expected at least 1 log-probability a token")
+        self.endpoint = Endpoint(url, model, api_key, timeout, retries)
+        self.encoder = encoder
+        self.name = model
+        self.top = top
+        self.tokenizer: Any = encoder.tokenizer
+        self._names = TokenNames(encoder.tokenizer)
+
+    @property
+    def windows(self) -> WindowScheme:
+        """The encoder's."""
+        return self.encoder.windows
+
+    @property
+    def device(self) -> torch.device:
+        """The encoder's."""
+        return self.encoder.device
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The encoder's: a datastore is bound to what makes its keys."""
+        return self.encoder.identity
+
+    def tokenize(self, document: Document) -> TokenizedDocument:
+        """Return a document's token ids and where they stand in its text."""
+        return self.encoder.tokenize(document)
+
+    def score(self, sequences: Iterable[np.ndarray], *, beliefs: bool = False) -> Iterator[ScoredBatch]:
+        """Ask for log p_LM of every target of some token sequences, and compute the encoder's keys.
+
+        Args:
+            sequences: Token ids of documents, each int64 of shape (length,).
+            beliefs: Ask for the most likely tokens, too.
+
+        Raises:
+            EndpointError: The endpoint cannot be reached, refuses, or does not answer as it should.
+        """
+        kept, encoder = list(sequences), self.encoder
+        # the encoder cuts by the same rule, so that its batches have the same rows
+        batches = batch_windows(kept, encoder.windows, encoder.batch_tokens)
+        for batch, (_, keys) in zip(batches, encoder.keys(kept), strict=True):
+            echoes = self._ask(_prompts(batch), self.top if beliefs else 0)
+            lines = [(line.nonzero().squeeze(1) + 1).tolist() for line in batch.scored]  # places in the prompts
+            places = [(echo, place) for echo, line in zip(echoes, lines, strict=True) for place in line]
+            log_probs = torch.tensor([echo.log_probs[place] for echo, place in places], dtype=torch.float32)
+            belief = None
+            if beliefs:
+                tops = [echo.top[place] for echo, place in places]
+                confidence, entropy = rest_bucket([list(top.values()) for top in tops], self.top)
+                belief = Belief(
+                    keys=keys.float().cpu(),
+                    last=batch.input_ids[batch.scored],
+                    top=torch.tensor([self._names[max(top, key=top.__getitem__)] for top in tops]),
+                    confidence=torch.from_numpy(confidence).float(),
+                    entropy=torch.from_numpy(entropy).float(),
+                    normalizer=torch.full((len(tops),), torch.nan),
+                )
+            yield ScoredBatch(batch.rows, batch.targets, log_probs, keys, belief)
+
+    def _ask(self, prompts: list[list[int]], top: int) -> list[Echo]:
+        """Send several windows a request, as many as an answer can hold."""
+        together = max(1, _ENTRIES // (max(1, top) * len(prompts[0])))
+        echoes = []
+        for start in range(0, len(prompts), together):
+            echoes += self.endpoint.echo(prompts[start : start + together], top, self._names)
+        return echoes
+
+    def __repr__(self) -> str:
+        return f"BlackBox({self.endpoint.url!r}, {self.name!r}, keys from {self.encoder.name!r})"
+
+
+def rest_bucket(log_probs: list[list[float]], top: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return confidence and entropy, in nats, of distributions of which only the likeliest outcomes are known.
+
+    All that is not among the `top` likeliest counts as one outcome.
+
+    Args:
+        log_probs: One list a row, at least one number each, in any order.
+        top: Outcomes that count by themselves.
+
+    Returns:
+        Log-probability of the likeliest outcome and −Σ p log p, float64, shape (rows,) each.
+    """
+    kept = [sorted(row, reverse=True)[:top] for row in log_probs]
+    table = np.full((len(kept), max(map(len, kept))), -np.inf)
+    for line, row in zip(table, kept, strict=True):
+        line[: len(row)] = row
+    rest = np.clip(1 - np.exp(table).sum(axis=1, keepdims=True), 0, None)
+    probs = np.concatenate([np.exp(table), rest], axis=1)
+    return table[:, 0], -(probs * np.log(np.where(probs > 0, probs, 1))).sum(axis=1)
+
+
+def _prompts(batch: WindowBatch) -> list[list[int]]:
+    """Return the token ids of every window, its last target included."""
+    last = batch.scored.sum(dim=1).cumsum(dim=0) - 1  # number of each window's last target
+    lengths = [int(line.nonzero()[-1]) + 1 for line in batch.scored]
+    ends = batch.targets[last].tolist()
+    return [[*ids[:length].tolist(), end] for ids, length, end in zip(batch.input_ids, lengths, ends, strict=True)]

@@ -1,0 +1,512 @@
+"""A black box: log-probabilities from a real HTTP endpoint, keys from a local encoder."""
+
+import json
+import math
+import socket
+
+import numpy as np
+import pytest
+import torch
+
+from command_line import make_world, refused, run
+from completions_server import serving
+from memlm import BlackBox, Datastore, KnnMixture, evaluate, explain
+from memlm.cache import Cache
+from memlm.errors import ConfigError, DatastoreMismatch, EndpointError
+from memlm.evaluation import tune_report
+from memlm.mixtures import CacheMixture, SharedCacheMixture
+from memlm.models._black_box import rest_bucket
+from memlm.models._token_names import UNKNOWN, TokenNames
+from oracle import teacher_forced
+from tiny_memories import TEXTS, documents, lm_of, store
+from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+
+NEW = ["the letter was in the house and it was the morning", "naïve 日本語: rain was on the bird 🙂 in a box"]
+KNN = KnnMixture(interpolation_weight=0.4, temperature=50.0, k=16)
+SECRET = "sk-very-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_without_a_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("memlm.models._endpoint._FIRST_WAIT", 0.01)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return lm_of("llama", context=12, stride=20)
+
+
+@pytest.fixture(scope="module")
+def memory(lm, tmp_path_factory):
+    return store(lm, TEXTS, tmp_path_factory.mktemp("black") / "memory")
+
+
+@pytest.fixture
+def server(lm):
+    with serving(lm.model, lm.tokenizer) as server:
+        yield server
+
+
+def box_of(server, encoder, **settings):
+    return BlackBox(server.url, "served", encoder, **settings)
+
+
+def sequences_of(lm, texts=NEW):
+    return [lm.tokenize(document).ids for document in documents(texts)]
+
+
+def scored(lm, texts=NEW, beliefs=True):
+    """Return log p, keys and belief of all targets, in order."""
+    batches = list(lm.score(sequences_of(lm, texts), beliefs=beliefs))
+    order = torch.cat([batch.rows for batch in batches]).argsort()
+    belief = None
+    if beliefs:
+        belief = [torch.cat(part)[order] for part in zip(*(batch.belief for batch in batches), strict=True)]
+        belief = type(batches[0].belief)(*belief)
+    return *(torch.cat([getattr(b, name) for b in batches])[order] for name in ("log_probs", "keys")), belief
+
+
+def windows_log_probs(lm, texts=NEW):
+    """Return targets and the whole log p before each, float64, by an own cut into windows."""
+    targets, rows = [], []
+    for ids in sequences_of(lm, texts):
+        for target in range(1, len(ids)):
+            first = 1 + lm.windows.stride * ((target - 1) // lm.windows.stride)
+            log_probs, _ = teacher_forced(lm.model, lm.site, ids[max(0, first - lm.windows.context) : target])
+            rows.append(np.asarray(log_probs[-1], np.float64)), targets.append(ids[target])
+    return np.array(targets), np.array(rows)
+
+
+@pytest.mark.parametrize("names", ["ids", "vocabulary"])
+def test_with_all_log_probs_it_is_the_white_box(server, lm, names):
+    server.names = names
+    white, white_keys, white_belief = scored(lm)
+    black, black_keys, belief = scored(box_of(server, lm, top=VOCAB_SIZE))
+    assert torch.allclose(black, white, atol=1e-4)
+    assert torch.allclose(black_keys, white_keys, atol=1e-5)
+    for name in ("keys", "last", "top", "confidence", "entropy"):
+        assert torch.allclose(getattr(belief, name), getattr(white_belief, name), atol=1e-4), name
+    assert belief.normalizer.isnan().all()
+    assert white.std() > 0.1
+    assert max(len(request["prompt"]) for request in server.requests) > 1, "several windows a request"
+    assert white_belief.entropy.std() > 0.01
+
+
+def test_evaluate_explain_and_the_adapter_give_the_white_box_numbers(server, lm, memory):
+    box = box_of(server, lm, top=VOCAB_SIZE)
+    text = documents(NEW * 3)
+    options = {"kind": "adapter", "max_k": 16, "show_progress": False}
+    white, black = tune_report(lm, memory, text, **options), tune_report(box, memory, text, **options)
+    assert black.lm_perplexity == pytest.approx(white.lm_perplexity, rel=1e-4)
+    assert black.perplexity == pytest.approx(white.perplexity, rel=1e-3), "fitted to nearly the same numbers"
+    for mixture in (KNN, white.best):
+        by_white, by_black = (evaluate(one, documents(NEW), memory, mixture, show_progress=False) for one in (lm, box))
+        assert np.abs(by_white.lm_log_probs - by_black.lm_log_probs).max() < 1e-4
+        assert np.abs(by_white.log_probs - by_black.log_probs).max() < 1e-4
+        assert np.abs(by_white.log_probs - by_white.lm_log_probs).max() > 0.01
+        explained = explain(box, NEW[0], memory, mixture).to_dict()
+        expected = explain(lm, NEW[0], memory, mixture).to_dict()
+        assert [token["text"] for token in explained["tokens"]] == [token["text"] for token in expected["tokens"]]
+        for one, other in zip(explained["tokens"], expected["tokens"], strict=True):
+            assert one["mixture"] == pytest.approx(other["mixture"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["learned", "auto"])
+def test_other_kinds_are_tuned_as_well(server, lm, memory, kind):
+    options = {"kind": kind, "max_k": 16, "show_progress": False}
+    report = tune_report(box_of(server, lm), memory, documents(NEW * 3), **options)
+    assert math.isfinite(report.perplexity)
+
+
+@pytest.mark.parametrize("names", ["ids", "vocabulary"])
+def test_with_twenty_log_probs_the_rest_is_one_outcome(server, lm, names):
+    server.names = names
+    log_probs, _, belief = scored(box_of(server, lm, top=20))
+    targets, whole = windows_log_probs(lm)
+    rows = np.arange(len(targets))
+    best = np.sort(whole, axis=1)[:, ::-1][:, :20]
+    rest = 1 - np.exp(best).sum(axis=1)
+    entropy = -(np.exp(best) * best).sum(axis=1) - rest * np.log(rest)
+    assert np.abs(log_probs.numpy() - whole[rows, targets]).max() < 1e-4
+    assert belief.top.tolist() == whole.argmax(axis=1).tolist()
+    assert np.abs(belief.confidence.numpy() - best[:, 0]).max() < 1e-4
+    assert np.abs(belief.entropy.numpy() - entropy).max() < 1e-4
+    assert (entropy < -(np.exp(whole) * whole).sum(axis=1)).all(), "never too high"
+    outside = whole[rows, targets] < best[:, -1]
+    assert outside.sum() > 10, "some targets were added to the twenty by the server, and must not show"
+
+
+def test_the_belief_does_not_depend_on_the_target(server, lm):
+    """λ is made of it: a mixture that knows the target is no distribution."""
+    ids = lm.tokenize(documents(["the cat was in the house"])[0]).ids
+    beliefs = []
+    for token in range(0, VOCAB_SIZE, 9):
+        ids[-1] = token
+        *_, last = box_of(server, lm, top=5).score([ids[-6:]], beliefs=True)
+        beliefs.append([float(last.belief[name][-1]) for name in range(2, 5)])
+    assert np.ptp(np.array(beliefs), axis=0).max() < 1e-6
+
+
+def test_rest_bucket_by_hand():
+    confidence, entropy = rest_bucket([[math.log(0.25), math.log(0.5)], [0.0], [math.log(0.1)] * 3 + [-9999.0]], 2)
+    assert confidence == pytest.approx([math.log(0.5), 0, math.log(0.1)])
+    assert entropy == pytest.approx([1.5 * math.log(2), 0, -0.2 * math.log(0.1) - 0.8 * math.log(0.8)])
+
+
+def test_another_encoder_makes_the_keys(lm, tmp_path):
+    """The model's probabilities and the encoder's neighbors, against either alone."""
+    encoder = lm_of("gpt2", context=12, stride=20)
+    memory = store(encoder, TEXTS, tmp_path / "memory")
+    with serving(lm.model, lm.tokenizer) as server:
+        box = box_of(server, encoder)
+        assert box.identity == encoder.identity
+        black = evaluate(box, documents(NEW), memory, KNN, show_progress=False)
+        own = evaluate(encoder, documents(NEW), memory, KNN, show_progress=False)
+        alone = np.concatenate([scored(lm, beliefs=False)[0].numpy()])
+        with pytest.raises(DatastoreMismatch):
+            evaluate(box_of(server, lm), documents(NEW), memory, KNN, show_progress=False)
+    assert np.abs(black.lm_log_probs - alone).max() < 1e-4
+    assert np.abs(own.lm_log_probs - alone).max() > 0.1
+    weight = KNN.interpolation_weight
+    by_memory = np.exp(own.log_probs) - (1 - weight) * np.exp(own.lm_log_probs)
+    expected = np.log(by_memory + (1 - weight) * np.exp(alone))
+    assert np.abs(black.log_probs - expected).max() < 1e-3
+
+
+def test_a_cache_of_the_past(server, lm):
+    box = box_of(server, lm)
+    linear = CacheMixture(interpolation_weight=0.2, scale=0.1, length=32)
+    options = {"show_progress": False}
+    by_white, by_black = (evaluate(one, documents(NEW), Cache(32), linear, **options) for one in (lm, box))
+    assert np.abs(by_white.log_probs - by_black.log_probs).max() < 1e-4
+    shared = SharedCacheMixture(bias=0.0, scale=0.1, length=32)
+    evaluate(lm, documents(NEW), Cache(32), shared, **options)
+    with pytest.raises(ConfigError, match="normalizer of the model's logits, which a black box does not tell"):
+        evaluate(box, documents(NEW), Cache(32), shared, **options)
+
+
+def test_tokens_by_decoded_text(server, lm):
+    """Parts of characters have one text in common, hide each other, and tell no id; whole words are told apart."""
+    server.names = "decoded"
+    white, _, _ = scored(lm)
+    black, _, belief = scored(box_of(server, lm))
+    _, whole = windows_log_probs(lm)
+    assert torch.allclose(black, white, atol=1e-4)
+    best = torch.from_numpy(whole.argmax(axis=1))
+    shared = torch.tensor([lm.tokenizer.decode([token]) == "�" for token in best.tolist()])
+    assert belief.top[~shared].equal(best[~shared])
+    assert 0 < shared.float().mean() < 0.8
+
+
+def test_a_name_that_nobody_knows_counts_but_is_no_token(server, lm):
+    def rename(tops):
+        return [
+            top and {"bytes:\\xf0" if p == max(top.values()) else name: p for name, p in top.items()} for top in tops
+        ]
+
+    *_, expected = scored(box_of(server, lm))
+    server.change = edit(top_logprobs=rename)
+    *_, belief = scored(box_of(server, lm))
+    assert (belief.top == UNKNOWN).all()
+    assert belief.confidence.equal(expected.confidence)
+    assert belief.entropy.equal(expected.entropy)
+
+
+def test_names_of_tokens():
+    tokenizer = tiny_tokenizer()
+    names = TokenNames(tokenizer)
+    the = tokenizer.convert_tokens_to_ids("Ġthe")
+    assert names["Ġthe"] == names[" the"] == names[f"token_id:{the}"] == the
+    assert names["�"] == names["bytes:\\xe2"] == names["token_id:x"] == UNKNOWN
+
+
+def test_a_strict_server_is_asked_again_without_the_extra_field(server, lm):
+    server.strict, server.names = True, "vocabulary"
+    black, _, _ = scored(box_of(server, lm))
+    assert torch.allclose(black, scored(lm)[0], atol=1e-4)
+    extra = ["return_tokens_as_token_ids" in request for request in server.requests]
+    assert extra[0]
+    assert not any(extra[1:])
+
+
+def test_what_is_asked(server, lm):
+    list(box_of(server, lm, api_key=SECRET, top=7).score(sequences_of(lm), beliefs=True))
+    list(box_of(server, lm).score(sequences_of(lm)))
+    first, last = server.requests[0], server.requests[-1]
+    assert {name: first[name] for name in ("model", "max_tokens", "temperature", "echo", "logprobs")} == {
+        "model": "served",
+        "max_tokens": 1,
+        "temperature": 0,
+        "echo": True,
+        "logprobs": 7,
+    }
+    assert last["logprobs"] == 1, "without beliefs, the targets alone"
+    assert server.headers[0]["Authorization"] == f"Bearer {SECRET}"
+    assert "Authorization" not in server.headers[-1]
+    whole = sequences_of(lm)[0].tolist()
+    assert 21 < len(whole) < 41, "two windows: 20 targets, and the rest with 12 tokens of context"
+    assert whole[:21] in first["prompt"]
+    assert whole[9:] in first["prompt"]
+
+
+def test_the_logits_of_the_encoder_are_not_computed(server, lm, monkeypatch):
+    monkeypatch.setattr(lm.model.lm_head, "forward", lambda *_: pytest.fail("the output embedding ran"))
+    with serving(tiny_model("llama"), lm.tokenizer) as other:
+        assert len(scored(box_of(other, lm))[0]) > 50
+
+
+# Everything that can go wrong
+
+
+def shift(lists, by):
+    """Move log-probabilities against their tokens."""
+
+    def change(answer):
+        for choice in answer["choices"]:
+            told = choice["logprobs"]
+            for name in lists:
+                moved = told[name][1:]
+                told[name] = [told[name][0], *moved[by:], *moved[:by]]
+        return answer
+
+    return change
+
+
+ALL = ("tokens", "token_logprobs", "top_logprobs")
+
+
+@pytest.mark.parametrize("names", ["ids", "vocabulary"])
+def test_shifted_positions_are_refused(server, lm, names):
+    """Negative control: what the tests above compare would not survive a shift by one, and it is noticed."""
+    server.names = names
+    server.change = shift(("token_logprobs", "top_logprobs"), 1)
+    with pytest.raises(EndpointError, match="not shifted"):
+        scored(box_of(server, lm, top=VOCAB_SIZE))
+    server.change = shift(ALL, 1)
+    with pytest.raises(EndpointError, match="calls token 1 of a window"):
+        scored(box_of(server, lm))
+
+
+def test_a_shift_that_cannot_be_noticed_gives_other_numbers(server, lm):
+    """Negative control: without alternatives to compare with, the comparison above is what fails."""
+
+    def without_top(answer):
+        answer = shift(("token_logprobs",), 1)(answer)
+        for choice in answer["choices"]:
+            choice["logprobs"]["top_logprobs"] = [{} for _ in choice["logprobs"]["tokens"]]
+        return answer
+
+    server.change = without_top
+    black, _, _ = scored(box_of(server, lm), beliefs=False)
+    assert (black - scored(lm, beliefs=False)[0]).abs().max() > 0.1
+
+
+def edit(**changes):
+    """Change lists of every choice: a function of the list, or what to put in its place."""
+
+    def change(answer):
+        for choice in answer["choices"]:
+            for name, new in changes.items():
+                choice["logprobs"][name] = new(choice["logprobs"][name]) if callable(new) else new
+        return answer
+
+    return change
+
+
+def no_logprobs(answer):
+    return {"choices": [{**choice, "logprobs": None} for choice in answer["choices"]]}
+
+
+def every(function):
+    return edit(**{name: function for name in ALL})
+
+
+ANSWERS = {
+    "no JSON": (lambda answer: b"<html>It works!</html>", r"something else than JSON \('<html>It works!</html>'\)"),
+    "a list": (lambda answer: [1, 2], 'without a list of "choices"'),
+    "no choices": (lambda answer: {"object": "list"}, 'without a list of "choices"'),
+    "one choice": (lambda answer: {"choices": answer["choices"][:1]}, "gives 1 choices for"),
+    "no logprobs": (no_logprobs, "gives no logprobs with tokens, token_logprobs, top_logprobs; expected completions"),
+    "no top": (edit(top_logprobs=None), "gives no logprobs with"),
+    "no echo": (every(lambda told: told[-1:]), "tells of 1 tokens for a prompt of .*must support echo"),
+    "fewer": (every(lambda told: told[:-3]), "its context must hold the window and one token more"),
+    "more": (every(lambda told: [*told, None, None]), "its tokenizer may be another, or it adds a start token"),
+    "start token": (every(lambda told: [told[0], *told]), "its tokenizer may be another"),
+    "null": (edit(token_logprobs=lambda told: [None] * len(told)), "something else than a log-probability"),
+    "text": (edit(token_logprobs=lambda told: ["-1"] * len(told)), "something else than a log-probability"),
+    "NaN": (edit(token_logprobs=lambda told: [math.nan] * len(told)), "something else than a log-probability"),
+    "no lists": (edit(top_logprobs=lambda told: [3] * len(told)), "something else than a log-probability"),
+    "names": (edit(tokens=lambda told: [5] * len(told)), "something else than a log-probability"),
+    "logits": (edit(token_logprobs=lambda told: [5.0] * len(told)), "something else than a log-probability"),
+    "sums": (
+        edit(top_logprobs=lambda told: [None, *({name: -0.1 for name in row} for row in told[1:])]),
+        "add up to more than 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers_that_cannot_be_used(server, lm, name):
+    server.change, expected = ANSWERS[name]
+    with pytest.raises(EndpointError, match=expected) as caught:
+        scored(box_of(server, lm))
+    assert str(caught.value).startswith(server.url)
+
+
+@pytest.mark.parametrize("names", ["ids", "vocabulary", "decoded"])
+def test_fewer_alternatives_than_asked_for_are_refused(server, lm, names):
+    """With the target added to them, its presence would show in the entropy."""
+    server.names, server.limit = names, 5
+    with pytest.raises(EndpointError, match=r"log-probabilities a token where 20 were asked for; lower top"):
+        scored(box_of(server, lm))
+    assert len(scored(box_of(server, lm, top=5))[0])
+
+
+def test_another_tokenizer_is_noticed(lm):
+    with serving(lm.model, tiny_tokenizer("reversed")) as server:
+        server.names = "vocabulary"
+        with pytest.raises(EndpointError, match="expected a model with the same tokenizer"):
+            scored(box_of(server, lm))
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (400, {"error": {"message": "logprobs 20 is too many"}}, r"400 \(logprobs 20 is too many\); it must take"),
+        (401, {"error": {"message": f"bad key {SECRET}"}}, r"401 \(bad key \*\*\*\); set OPENAI_API_KEY"),
+        (404, {"object": "error", "message": "no model served"}, r"404 \(no model served\); check the model's name"),
+        (422, {"detail": [{"msg": "prompt"}]}, r"422 .*prompt"),
+        (418, b"", r"418 \(I'm a Teapot\)"),
+        (400, b"\x1b[31mred\n" * 200, r"400 \(�\[31mred"),
+        (302, b"", r"answers 302 "),
+    ],
+)
+def test_refusals_are_told_at_once(server, lm, status, body, expected):
+    server.refusals = [(status, {"Location": "http://127.0.0.1:9/"}, body)]
+    with pytest.raises(EndpointError, match=expected) as caught:
+        scored(box_of(server, lm, api_key=SECRET))
+    assert len(server.requests) == 1
+    assert SECRET not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_server_is_asked_again(server, lm, status):
+    server.refusals = [(status, {"Retry-After": "0"}, {"error": "busy"})]
+    assert torch.allclose(scored(box_of(server, lm))[0], scored(lm)[0], atol=1e-4)
+    assert server.requests[0] == server.requests[1]
+
+
+def test_in_the_end_it_gives_up(server, lm):
+    server.refusals = [(503, {}, {"error": {"message": "loading"}})] * 9
+    with pytest.raises(EndpointError, match=r"503 \(loading\); tried 3 times; try again later"):
+        scored(box_of(server, lm, retries=2))
+    assert len(server.requests) == 3
+
+
+def test_a_slow_server(server, lm):
+    server.delays = [0.5]
+    assert len(scored(box_of(server, lm, timeout=0.25))[0])
+    server.delays = [0.5] * 2
+    with pytest.raises(EndpointError, match=r"no answer in 0.1 seconds\); tried 1 times"):
+        scored(box_of(server, lm, timeout=0.1, retries=0))
+
+
+def test_no_server(lm):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        with pytest.raises(
+            EndpointError, match=r"cannot be reached \(.*refused\); tried 1 times; check that the server"
+        ):
+            scored(BlackBox(url, "served", lm, api_key=SECRET))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000/v1",
+        "file:///etc/passwd",
+        "http://",
+        f"http://me:{SECRET}@host/v1",
+        f"http://host/v1?key={SECRET}",
+        "http://host:port/v1",
+        "http://[1/v1",
+    ],
+)
+def test_urls_that_cannot_be_used(lm, url):
+    with pytest.raises(ConfigError, match="the endpoint's URL is not of the form") as caught:
+        BlackBox(url, "served", lm)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"top": 0}, {"timeout": 0}, {"retries": -1}, {"api_key": f"{SECRET}\nHost: x"}])
+def test_settings_that_cannot_work(lm, settings):
+    with pytest.raises(ConfigError) as caught:
+        BlackBox("http://127.0.0.1/v1", "served", lm, **settings)
+    assert SECRET not in str(caught.value)
+
+
+def test_the_key_is_shown_nowhere(server, lm, monkeypatch, memory):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    box = box_of(server, lm)
+    result = evaluate(box, documents(NEW), memory, KNN, show_progress=False)
+    assert server.headers[0]["Authorization"] == f"Bearer {SECRET}"
+    assert SECRET not in repr(box) + str(box.identity) + json.dumps(result.to_dict())
+    server.change = lambda answer: f"not JSON: {SECRET}".encode()
+    with pytest.raises(EndpointError) as caught:
+        scored(box)
+    assert SECRET not in str(caught.value)
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def endpoint(world):
+    """The options that take another model than the encoder."""
+    with serving(tiny_model("gpt2", seed=3), tiny_tokenizer()) as server:
+        yield server, ("--endpoint", server.url, "--endpoint-model", "served")
+
+
+def test_the_command_line_end_to_end(world, endpoint, tmp_path):
+    server, options = endpoint
+    saved, page = tmp_path / "settings.json", tmp_path / "page.html"
+    tuned = run(
+        *("tune", world.model, world.memory, world.texts / "valid", *options, "--mixture", "adapter", "--save", saved),
+        *("--top-logprobs", "10", "--json"),
+    )
+    assert tuned.code == 0, tuned.err
+    assert {request["logprobs"] for request in server.requests} == {10}
+    result = run("eval", world.model, world.memory, world.texts / "test", "--mixture", saved, *options, "--json")
+    assert result.code == 0, result.err
+    alone, _ = json.loads(result.out)["results"]
+    plain = run("eval", world.model, world.memory, world.texts / "test", "--mixture", saved, "--json")
+    assert abs(alone["perplexity"] / json.loads(plain.out)["results"][0]["perplexity"] - 1) > 0.01
+    explained = run("explain", world.model, world.memory, "The cat.", "--mixture", saved, *options, "--html", page)
+    assert explained.code == 0, explained.err
+    assert "served" in page.read_text()
+    memory = Datastore(world.memory)
+    encoder = lm_of("llama", **memory.manifest.windows)
+    direct = evaluate(BlackBox(server.url, "served", encoder), world.texts / "test", memory, KNN, show_progress=False)
+    assert direct.results[0].perplexity == pytest.approx(alone["perplexity"], rel=1e-4)
+
+
+def test_the_command_line_says_in_one_line_what_is_wrong(world, endpoint, monkeypatch):
+    server, options = endpoint
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    command = ("eval", world.model, world.memory, world.texts / "test", "--lambda", "0.5", "--temperature", "10")
+    server.refusals = [(401, {}, {"error": {"message": f"{SECRET} is unknown"}})] * 2
+    for verb in (command, ("explain", world.model, world.memory, "The cat.", *command[4:])):
+        line = refused(*verb, *options)
+        assert "answers 401 (*** is unknown); set OPENAI_API_KEY" in line
+        assert SECRET not in line
+    assert "come together" in refused(*command, "--endpoint", server.url)
+    assert "come together" in refused(*command, "--endpoint-model", "served")
+    assert "not of the form" in refused(*command, "--endpoint", "nowhere", "--endpoint-model", "served")
