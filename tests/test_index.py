@@ -19,6 +19,10 @@ FACTORIES = [
     "IVF8,Flat",
     "IVF8,SQfp16",
     "IVF8,SQ8",
+    "IVF8,FlatPanorama2",
+    "IVF8,FlatDedup",
+    "IVF8(IVF2,Flat),Flat",
+    "HNSW16_FlatPanorama2",
     "HNSW16",
     "PCA4,Flat",
     "PCA4,IVF8,SQ8",
@@ -29,7 +33,7 @@ FACTORIES = [
     "IVF8,PQ4x4,RFlat",
 ]
 # Kinds whose own distances are those of the stored keys; all others must be ranked again
-KEEPS_KEYS = {"Flat", "IVF8,Flat", "IVF8,SQfp16", "HNSW16"}
+KEEPS_KEYS = {"Flat", "IVF8,Flat", "IVF8,SQfp16", "IVF8(IVF2,Flat),Flat", "HNSW16"}
 
 # At 8 numbers a key these say little of where a key is
 LOSSY = {

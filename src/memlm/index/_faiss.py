@@ -31,6 +31,8 @@ _TARGET_RECALL = 0.985
 _SAMPLE = 256  # queries on which recall is measured
 _RERANK_FACTOR = 2
 _FETCHED_AT_ONCE = 1 << 24  # proposals of one search without selector
+# Not their subclasses, which may compute distances in ways of their own
+_STORES_KEYS = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat, faiss.IndexNSGFlat)
 
 
 class FaissIndex:
@@ -179,8 +181,8 @@ def _train(keys: Keys, factory: str) -> tuple[Any, bool]:
     index = empty_index(factory, keys.width)
     ivf = faiss.try_extract_index_ivf(index)
     kind = faiss.downcast_index(index)  # what stands before it, such as a PCA, changes distances
-    stores_keys = isinstance(kind, (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat, faiss.IndexNSGFlat))
-    if isinstance(kind, faiss.IndexIVFScalarQuantizer):
+    stores_keys = type(kind) in _STORES_KEYS
+    if type(kind) is faiss.IndexIVFScalarQuantizer:
         same = faiss.ScalarQuantizer.QT_bf16 if keys.key_dtype == "bfloat16" else faiss.ScalarQuantizer.QT_fp16
         if kind.sq.qtype == same:
             kind.by_residual = False  # the codes are then the stored keys themselves

@@ -1,15 +1,16 @@
 """Batched search of inverted lists: one list after another, each for all queries that probe it.
 
 FAISS scans the lists of one query after the other and reads their keys from memory every time. For thousands of queries
-the other order is several times faster: the distances of a list to its queries are one matrix product, of float32
-numbers relative to the list's centroid, so that large norms cancel nothing. Each query keeps a reservoir of candidates
-that is cut back to its k nearest whenever it is full.
+the other order is several times faster: the distances of a list to its queries are one matrix product (several, where
+the list is long), of float32 numbers relative to the list's center, so that large norms cancel nothing. Each query
+keeps a reservoir of candidates that is cut back to its k nearest whenever it is full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from ..neighbors import Neighbors
 
 _GROUP = 4096  # queries searched together, at most
 _SHORTEST = 8  # queries a list, on average, from which this order pays
+_TILE = 1 << 23  # float32 numbers that a thread computes at once: distances and keys of a piece of a list
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -46,16 +48,22 @@ def search_lists(ivf: Any, queries: Floats, k: int, exclude: tuple[int, int]) ->
     threads = torch.get_num_threads()
     size = min(_GROUP, max(_GROUP // 4, -(-len(queries) // threads)))
     groups = [slice(start, start + size) for start in range(0, len(queries), size)]
-    # One thread a group: most of the work is too small to be divided. set_num_threads also acts on threads yet to come.
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            parts = pool.map(lambda group: _search_group(ivf, queries[group], probed[group], k, exclude), groups)
-            for group, found in zip(groups, parts, strict=True):
-                for whole, part in zip(result, found, strict=True):
-                    whole[group] = part
-        finally:
-            torch.set_num_threads(threads)
+    with ThreadPoolExecutor(threads, initializer=_divide_nothing) as pool:
+        parts = pool.map(lambda group: _search_group(ivf, queries[group], probed[group], k, exclude), groups)
+        for group, found in zip(groups, parts, strict=True):
+            for whole, part in zip(result, found, strict=True):
+                whole[group] = part
     return result
+
+
+def _divide_nothing() -> None:
+    """Keep OpenMP from dividing the work of this thread, most of which is too small; other threads keep their number.
+
+    Not by torch.set_num_threads, which also decides for all threads yet to come. Where torch brings a runtime other
+    than FAISS's, it goes on dividing its own part, the conversion of keys.
+    """
+    torch.get_num_threads()  # a thread takes torch's number over when it first uses torch; that must not come later
+    faiss.omp_set_num_threads(1)
 
 
 def _search_group(ivf: Any, queries: Floats, probed: Ints, k: int, exclude: tuple[int, int]) -> Neighbors:
@@ -67,114 +75,122 @@ def _search_group(ivf: Any, queries: Floats, probed: Ints, k: int, exclude: tupl
     entries = np.empty((len(queries), capacity), np.int64)
     counts = np.zeros(len(queries), np.int64)
     limits = np.full(len(queries), np.inf, np.float32)
-    vectors = torch.from_numpy(queries)
     for number in range(ivf.nlist):
         rows = order[bounds[number] : bounds[number + 1]]
-        ids, stored = _list(ivf, number)
-        if not len(rows) or not len(ids):
+        if not len(rows):
             continue
-        centroid = torch.from_numpy(ivf.quantizer.reconstruct(number))
-        keys = stored.float() - centroid  # (length, width)
-        asking = vectors[torch.from_numpy(rows)] - centroid  # (m, width)
-        # ‖q − k‖² = ‖q‖² + (‖k‖² − 2 q·k), all relative to the centroid
-        tile = torch.addmm(keys.square().sum(dim=1), asking, keys.T, alpha=-2)  # (m, length)
-        if exclude[0] < exclude[1]:
-            tile[:, torch.from_numpy((ids >= exclude[0]) & (ids < exclude[1]))] = torch.inf
-        norms = asking.square().sum(dim=1)
-        _offer(tile.numpy(), norms.numpy(), rows, ids, distances, entries, counts, limits, k)
+        for ids, keys in _pieces(ivf, number, max(1, _TILE // (len(rows) + ivf.d))):
+            center = _center(ivf, number, keys)
+            keys -= center
+            tile = faiss.pairwise_distances(queries[rows] - center, keys)  # (m, length)
+            if exclude[0] < exclude[1]:
+                tile[:, (ids >= exclude[0]) & (ids < exclude[1])] = np.inf
+            _offer(tile, rows, ids, distances, entries, counts, limits, k)
     return _nearest(distances, entries, counts, k)
 
 
 def _key_dtype(ivf: Any) -> torch.dtype | None:
     """Return the type in which the lists hold keys as they were stored; None where they hold something else."""
-    if isinstance(ivf, faiss.IndexIVFFlat):
+    if type(ivf) is faiss.IndexIVFFlat:  # its subclasses lay out their lists in other ways
         return torch.float32
-    if isinstance(ivf, faiss.IndexIVFScalarQuantizer) and not ivf.by_residual:
+    if type(ivf) is faiss.IndexIVFScalarQuantizer and not ivf.by_residual:
         types = {faiss.ScalarQuantizer.QT_fp16: torch.float16, faiss.ScalarQuantizer.QT_bf16: torch.bfloat16}
         return types.get(ivf.sq.qtype)
     return None
 
 
-def _list(ivf: Any, number: int) -> tuple[Ints, torch.Tensor]:
-    """Return the entries of a list, int64 (length,), and their keys (length, width), without copying."""
+def _pieces(ivf: Any, number: int, most: int) -> Iterator[tuple[Ints, Floats]]:
+    """Yield the entries of a list, int64 (length,), and a copy of their keys (length, width); so many at most."""
     length, dtype = ivf.invlists.list_size(number), _key_dtype(ivf)
     assert dtype is not None  # `pays` has asked
     if not length:
-        return np.empty(0, np.int64), torch.empty((0, ivf.d))
+        return
     codes = faiss.rev_swig_ptr(ivf.invlists.get_codes(number), length * ivf.code_size)
+    ids = faiss.rev_swig_ptr(ivf.invlists.get_ids(number), length)
     keys = torch.from_numpy(codes).view(dtype).view(length, ivf.d)
-    return faiss.rev_swig_ptr(ivf.invlists.get_ids(number), length), keys
+    for start in range(0, length, most):
+        yield ids[start : start + most], keys[start : start + most].to(torch.float32, copy=True).numpy()
+
+
+def _center(ivf: Any, number: int, keys: Floats) -> Floats:
+    """Return a place in the midst of some keys of a list: the list's centroid, or their mean."""
+    try:
+        return ivf.quantizer.reconstruct(number)
+    except RuntimeError:  # not every coarse quantizer has its centroids at hand
+        return keys.mean(axis=0)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function at its first call; keep the machine code where there is a place for it."""
+    plain = njit(nogil=True)(function)
     try:
-        return njit(nogil=True, cache=True)(function)
+        chosen = njit(nogil=True, cache=True)(function)
     except RuntimeError:  # neither this folder nor a home can be written to
-        return njit(nogil=True)(function)
+        return plain
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        nonlocal chosen
+        try:
+            return chosen(*arguments)
+        except Exception:  # a full disk, a damaged file, whatever unpickling that raises: the function has not begun
+            chosen = plain
+            return chosen(*arguments)
+
+    return call
 
 
 @_compiled
 def _offer(
-    tile: Floats,
-    norms: Floats,
-    rows: Ints,
-    ids: Ints,
-    distances: Floats,
-    entries: Ints,
-    counts: Ints,
-    limits: Floats,
-    k: int,
+    tile: Floats, rows: Ints, ids: Ints, distances: Floats, entries: Ints, counts: Ints, limits: Floats, k: int
 ) -> None:
     """Put every entry nearer than its query's limit into the query's reservoir."""
     for line in range(len(rows)):
         row = rows[line]
         near, found = distances[row], entries[row]
-        count, norm = counts[row], norms[line]
-        limit = limits[row] - norm
+        count, limit = counts[row], limits[row]
         for column in range(tile.shape[1]):
             if tile[line, column] < limit:
-                near[count], found[count] = max(tile[line, column] + norm, np.float32(0.0)), ids[column]
+                near[count], found[count] = max(tile[line, column], np.float32(0.0)), ids[column]
                 count += 1
                 if count == len(near):
-                    count, limits[row] = _cut(near, found, count, k, k // 8)
-                    limit = limits[row] - norm
-        counts[row] = count
+                    count, limit = _cut(near, found, count, k, k // 8)
+        counts[row], limits[row] = count, limit
 
 
-@_compiled
-def _cut(distances: Floats, entries: Ints, count: int, k: int, slack: int) -> tuple[int, float]:
+@njit(nogil=True)  # becomes part of the functions that call it, which are kept
+def _cut(distances: Floats, entries: Ints, count: int, k: int, slack: int) -> tuple[int, np.float32]:
     """Keep the k nearest of a reservoir and at most `slack` more; return their number and the distance to beat.
 
-    The limit is found by bisection: counting is quicker than sorting.
+    The limit is found by bisection: counting is quicker than sorting. A distance is not negative, so its bits sort as
+    it does, and bisecting them is exact however far apart distances are.
     """
-    low, high = distances[0], distances[0]
+    bits = distances.view(np.int32)
+    low, high = np.int64(bits[0]), np.int64(bits[0])
     for place in range(count):
-        low, high = min(low, distances[place]), max(high, distances[place])
-    high = np.nextafter(high, np.float32(np.inf))
-    for _ in range(40):
-        middle = np.float32(0.5) * (low + high)
-        nearer = 0
+        low, high = min(low, np.int64(bits[place])), max(high, np.int64(bits[place]))
+    high += 1
+    nearer = count  # than high
+    while nearer > k + slack and high - low > 1:
+        middle = np.int32((low + high) // 2)
+        below = 0
         for place in range(count):
-            nearer += distances[place] < middle
-        if nearer < k:
-            low = middle
+            below += bits[place] < middle
+        if below < k:
+            low = np.int64(middle)
         else:
-            high = middle
-            if nearer <= k + slack:
-                break
+            high, nearer = np.int64(middle), below
     sure = 0
     for place in range(count):
-        sure += distances[place] < low
+        sure += bits[place] < low
     ties = k + slack - sure  # room for what lies from low to high
     kept = 0
     for place in range(count):
-        distance = distances[place]
-        if distance < low or (distance < high and ties > 0):
-            ties -= distance >= low
-            distances[kept], entries[kept] = distance, entries[place]
+        if bits[place] < low or (bits[place] < high and ties > 0):
+            ties -= bits[place] >= low
+            distances[kept], entries[kept] = distances[place], entries[place]
             kept += 1
-    return kept, high
+    return kept, np.int32(high).view(np.float32)
 
 
 @_compiled
