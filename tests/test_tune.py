@@ -32,7 +32,7 @@ def planted(lm_log_probs, targets, distances, tokens, present=None):
         evidence=evidence(torch.as_tensor(distances, dtype=torch.float32), torch.as_tensor(tokens), present),
         searched=1.0,
         model_seconds=0.0,
-        search_seconds=0.0,
+        search_seconds=(0.0,),
     )
 
 

@@ -13,9 +13,11 @@ _LAZY = {
     "Corpus": "documents",
     "Datastore": "datastore",
     "Document": "documents",
+    "Cache": "cache",
     "KnnMixture": "mixtures",
     "LanguageModel": "models",
     "attach": "models",
+    "compare": "evaluation",
     "evaluate": "evaluation",
     "explain": "evaluation",
     "load": "models",
@@ -25,9 +27,11 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
+    from .cache import Cache as Cache
     from .datastore import Datastore as Datastore
     from .documents import Corpus as Corpus
     from .documents import Document as Document
+    from .evaluation import compare as compare
     from .evaluation import evaluate as evaluate
     from .evaluation import explain as explain
     from .evaluation import overlap as overlap

@@ -1,5 +1,7 @@
 """Evaluation: perplexity, tuning, explanation, overlap."""
 
+from ._compare import Comparison as Comparison
+from ._compare import compare as compare
 from ._evaluate import Evaluation as Evaluation
 from ._evaluate import Result as Result
 from ._evaluate import evaluate as evaluate
@@ -15,6 +17,7 @@ from ._tune import tune as tune
 from ._tune import tune_report as tune_report
 
 __all__ = [
+    "Comparison",
     "Evaluation",
     "ExplainedToken",
     "Explanation",
@@ -23,6 +26,7 @@ __all__ = [
     "Source",
     "Tuning",
     "check_kind",
+    "compare",
     "evaluate",
     "explain",
     "overlap",

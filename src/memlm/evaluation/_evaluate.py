@@ -175,7 +175,7 @@ def evaluate(
         started = time.perf_counter()
         mixed = mixture.target_log_probs(batch.lm_log_probs, batch.targets, batch.evidence)
         searched += batch.searched * len(batch.rows)
-        memory_seconds += batch.search_seconds + time.perf_counter() - started
+        memory_seconds += sum(batch.search_seconds) + time.perf_counter() - started
         model_seconds += batch.model_seconds
         rows = batch.rows.numpy()
         targets[rows], lm_log_probs[rows], log_probs[rows] = batch.targets, batch.lm_log_probs, mixed

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class Retrieved:
         evidence: What the memories found and, if asked for, what the model believes.
         searched: Share of the targets for which memories were searched.
         model_seconds: Time of the model's forward pass.
-        search_seconds: Time of the search.
+        search_seconds: Time of the search, memory by memory.
     """
 
     rows: Tensor
@@ -46,7 +47,7 @@ class Retrieved:
     evidence: Evidence
     searched: float
     model_seconds: float
-    search_seconds: float
+    search_seconds: tuple[float, ...]
 
     @property
     def found(self) -> Found:
@@ -192,14 +193,14 @@ def retrieve(
                 scored = time.perf_counter()
                 rows = batch.rows + first_row
                 asked = None if wanted is None or batch.belief is None else wanted(batch.belief)
-                found = []
+                found, times = [], [scored]
                 for place, (item, k) in enumerate(zip(memories, ks, strict=True)):
                     if isinstance(item, Cache):
                         found.append(_recall(item, past, group, batch.rows))
                     else:
                         exclude = own[place][owners[rows.numpy()]] if place in own else None
                         found.append(_lookup(item, batch.keys, k, exclude, asked))
-                searched = time.perf_counter()
+                    times.append(time.perf_counter())
                 yield Retrieved(
                     rows=rows,
                     targets=batch.targets,
@@ -207,7 +208,7 @@ def retrieve(
                     evidence=Evidence(tuple(found), batch.belief if beliefs else None),
                     searched=1.0 if asked is None else float(asked.float().mean()),
                     model_seconds=scored - started,
-                    search_seconds=searched - scored,
+                    search_seconds=tuple(after - before for before, after in pairwise(times)),
                 )
                 advance(len(rows))
                 started = time.perf_counter()
@@ -290,5 +291,5 @@ def gather(parts: list[Retrieved]) -> Retrieved:
         evidence=join(kept).rows(order),
         searched=sum(part.searched * len(part.rows) for part in parts) / len(rows),
         model_seconds=sum(part.model_seconds for part in parts),
-        search_seconds=sum(part.search_seconds for part in parts),
+        search_seconds=tuple(sum(times) for times in zip(*(part.search_seconds for part in parts), strict=True)),
     )

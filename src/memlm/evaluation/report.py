@@ -16,18 +16,8 @@ from ..files import write_atomically
 from ._evaluate import Evaluation
 from ._explanation import Explanation
 from ._explanation_html import explanation_page
+from ._report_style import STYLE
 from ._tune import Tuning
-
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .3rem 1rem; text-align: right; border-bottom: 1px solid #8885; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; background: #fff; border-radius: 6px; }
-iframe { width: 100%; height: 46rem; border: 1px solid #8885; border-radius: 6px; }
-.big { font-size: 1.4rem; margin: .5rem 0; }
-"""
 
 
 def write_report(
@@ -65,7 +55,7 @@ def write_report(
         path,
         f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>memlm: {html.escape(name)} with a memory</title><style>{_STYLE}</style>
+<title>memlm: {html.escape(name)} with a memory</title><style>{STYLE}</style>
 <h1>{html.escape(name)} with a memory of {len(memory):,} tokens</h1>
 <p class="big">Perplexity per token on held-out text: {alone.perplexity:,.2f} → <b>{mixed.perplexity:,.2f}</b>
 ({100 * (mixed.perplexity / alone.perplexity - 1):+.0f} %)</p>

@@ -27,7 +27,8 @@ def train(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> Network:
-    """Minimize the mean of a loss by AdamW, and return the network of the epoch that was best on groups left out.
+    """Minimize the mean of a loss by AdamW, and return the network of the epoch that was best on groups left out;
+    that may be the one to start from.
 
     Args:
         network: To start from; it is not changed.
@@ -72,8 +73,9 @@ def train(
     steps = max(1, -(-len(fitted) // batch))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     best, best_loss = current(parameters), np.inf
-    for _ in range(epochs):
-        for rows in fitted[torch.randperm(len(fitted), generator=generator)].split(batch):
+    for epoch in range(epochs + 1):
+        batches = fitted[torch.randperm(len(fitted), generator=generator)].split(batch) if epoch else ()
+        for rows in batches:
             optimizer.zero_grad()
             losses(say(rows, dropout), rows).mean().backward()
             optimizer.step()

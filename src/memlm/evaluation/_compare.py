@@ -1,0 +1,381 @@
+"""Every way to choose λ side by side, fitted to one pass over `valid` and judged on one pass over `test`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..cache import Cache
+from ..datastore import Datastore
+from ..errors import ConfigError
+from ..files import write_atomically, write_json
+from ..mixtures import (
+    FITTED,
+    HeldOut,
+    KnnMixture,
+    LearnedMixture,
+    Mixture,
+    fit,
+    fit_cache,
+    fit_gate,
+    fit_shared_cache,
+    skipping_curve,
+)
+from ..models import LanguageModel
+from ._analysis import Analysis, analyze
+from ._bootstrap import Interval, paired_bootstrap, units
+from ._evaluate import evaluate
+from ._retrieval import Retrieved, Text, gather, retrieve
+from ._tune import tune_cached
+
+_BLOCK = 2048
+_THRESHOLD = 0.01  # a change of the probability by so much, relatively, counts as help or harm
+
+
+class Fitted(NamedTuple):
+    """A mixture with the memories that it uses, by place, and the time that fitting took."""
+
+    mixture: Mixture
+    memories: tuple[int, ...]
+    seconds: float
+
+
+class Judged(NamedTuple):
+    """What a mixture made of the test text.
+
+    Attributes:
+        weights: λ, shape (n, memories).
+        likelihoods: p of each memory at the targets, shape (n, memories).
+        log_probs: Of the mixture, float64, shape (n,).
+        seconds: Time of the mixing.
+    """
+
+    weights: Tensor
+    likelihoods: Tensor
+    log_probs: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One method.
+
+    Attributes:
+        method: Its name.
+        settings: What was fitted, in words.
+        perplexity: Per token.
+        over_fixed: Nats a token that it gains over the tuned fixed λ.
+        over_cache: Nats a token that it gains over the better of the tuned caches.
+        helped: Share of tokens that it makes more likely by over 1 % than the model alone.
+        hurt: Share that it makes less likely by over 1 %.
+        searched: Share of tokens for which the datastore was searched.
+        tokens_per_second: Model, search and mixing.
+        fit_seconds: Time that fitting took; of what is fitted before it, none.
+        parameters: Numbers fitted by gradient in a network; 0 where there is none.
+        shuffled: Perplexity when the weights go to other tokens; None where they are the same for all.
+    """
+
+    method: str
+    settings: str
+    perplexity: float
+    over_fixed: Interval
+    over_cache: Interval
+    helped: float
+    hurt: float
+    searched: float
+    tokens_per_second: float
+    fit_seconds: float
+    parameters: int
+    shuffled: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The table, and what explains it.
+
+    Attributes:
+        rows: The model alone first.
+        tokens: Targets of the test text.
+        valid_tokens: Targets of the held-out text that everything was fitted to.
+        unit: What was resampled for the intervals, and held together in cross-validation.
+        skipping: Perplexity of the learned weight against the share of searches skipped.
+        analysis: λ against distance, gain by frequency and overlap, reliability of λ.
+        settings: Memory and windows.
+        mixtures: Every fitted mixture, by method.
+    """
+
+    rows: tuple[Row, ...]
+    tokens: int
+    valid_tokens: int
+    unit: str
+    skipping: list[dict[str, float]]
+    analysis: Analysis
+    settings: dict[str, Any]
+    mixtures: dict[str, Mixture]
+
+    def row(self, method: str) -> Row:
+        """Return the row of a method."""
+        return next(row for row in self.rows if row.method == method)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the networks as plain values."""
+        return {
+            "rows": [dataclasses.asdict(row) | _intervals(row) for row in self.rows],
+            "tokens": self.tokens,
+            "valid_tokens": self.valid_tokens,
+            "unit": self.unit,
+            "skipping": self.skipping,
+            "analysis": self.analysis.to_dict(),
+            "settings": self.settings,
+            "mixtures": {name: mixture.to_dict() for name, mixture in self.mixtures.items()},
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the comparison, in one step: .json (everything), .md (the table) or .html (the table and plots)."""
+        from ._comparison_page import markdown, page
+
+        path = Path(path)
+        match path.suffix.lower():
+            case ".json":
+                write_json(path, self.to_dict())
+            case ".md":
+                write_atomically(path, markdown(self))
+            case ".html" | ".htm":
+                write_atomically(path, page(self))
+            case _:
+                raise ConfigError(f"{path} ends in {path.suffix!r}; expected .json, .md or .html")
+
+    def __str__(self) -> str:
+        return "\n".join([*table(self), f"{self.tokens:,} test tokens; 95 % intervals over {self.unit}"])
+
+
+def compare(
+    lm: LanguageModel,
+    memory: Datastore,
+    valid: Any,
+    test: Any,
+    *,
+    max_k: int = 1024,
+    cache: int = 1024,
+    max_tokens: int | None = 20_000,
+    show_progress: bool = True,
+) -> Comparison:
+    """Fit every mixture to `valid` and report each once on `test`.
+
+    Args:
+        lm: The model that made the datastore's keys.
+        memory: The datastore.
+        valid: Held-out text to fit to: neither stored nor reported on.
+        test: Text to report on.
+        max_k: Most neighbors a target.
+        cache: Tokens that the continuous cache remembers.
+        max_tokens: Targets used of each text; None uses all.
+        show_progress: Show rate and time left on stderr.
+
+    Raises:
+        CorpusError: No text.
+        DatastoreMismatch: The datastore was built with another model, tokenizer or key site.
+    """
+    memories, ks = [memory, Cache(cache)], (min(max_k, len(memory)), cache)
+    texts = [Text(lm, source, max_tokens) for source in (valid, test)]
+    names = ("reading valid", "reading test")
+    passes = [
+        gather(
+            list(retrieve(lm, text, memories, ks, beliefs=True, show_progress=show_progress, description=description))
+        )
+        for text, description in zip(texts, names, strict=True)
+    ]
+    statistics = memory.statistics()
+    held, judged = (
+        HeldOut(found.targets, found.lm_log_probs, found.evidence, units(text.document_of_target)[0], statistics)
+        for found, text in zip(passes, texts, strict=True)
+    )
+    fitted = fit_all(held, passes[0], texts[0])
+    results = {name: judge(item, judged) for name, item in fitted.items()}
+    rows = _rows(fitted, results, judged, passes[1], texts[1])
+    learned = fitted["learned"].mixture
+    assert isinstance(learned, LearnedMixture)
+    if learned.skips:  # what it saves shows only in a pass that skips
+        again = evaluate(lm, test, memory, learned, max_tokens=max_tokens, show_progress=show_progress)
+        speed, searched = again.results[-1].tokens_per_second, again.settings["searched"]
+        rows = [
+            dataclasses.replace(row, tokens_per_second=speed, searched=searched) if row.method == "learned" else row
+            for row in rows
+        ]
+    return Comparison(
+        rows=tuple(rows),
+        tokens=texts[1].tokens,
+        valid_tokens=texts[0].tokens,
+        unit=units(texts[1].document_of_target)[1],
+        skipping=skipping_curve(judged.memory(0), dataclasses.replace(learned, threshold=0.0)),
+        analysis=analyze(memory, texts[1], judged, fitted, results),
+        settings={
+            "model": lm.name,
+            "memory": {"entries": len(memory), "index": memory.index.details},
+            "windows": {"context": lm.windows.context, "stride": lm.windows.stride},
+            "cache": cache,
+        },
+        mixtures={name: item.mixture for name, item in fitted.items()},
+    )
+
+
+def fit_all(held: HeldOut, found: Retrieved, text: Text) -> dict[str, Fitted]:
+    """Fit every method, for a datastore and a cache in this order."""
+    result: dict[str, Fitted] = {}
+
+    def add(name: str, memories: tuple[int, ...], make: Callable[[], Mixture]) -> Mixture:
+        started = time.perf_counter()
+        mixture = make()
+        result[name] = Fitted(mixture, memories, time.perf_counter() - started)
+        return mixture
+
+    past, stored = held.memory(1), held.memory(0)
+    caches = {
+        "cache": lambda: fit_cache(past, forgets=False),
+        "cache, by age": lambda: fit_cache(past, forgets=True),
+        "shared cache": lambda: fit_shared_cache(past, forgets=False),
+        "shared cache, by age": lambda: fit_shared_cache(past, forgets=True),
+    }
+    for name, make in caches.items():
+        add(name, (1,), make)
+    best_cache = result[_best(result, past)].mixture
+    one = dataclasses.replace(found, evidence=stored.evidence)
+    base = add("knn-lm", (0,), lambda: tune_cached(one, text.document_of_target).best)
+    assert isinstance(base, KnnMixture)
+    for kind in FITTED:
+        if kind != "knn":
+            add(kind, (0,), lambda kind=kind: fit(kind, stored, base))  # type: ignore[misc]
+    adapter = result["adapter"].mixture
+    add("knn-lm + cache", (0, 1), lambda: fit_gate(held, (base, best_cache)))
+    add("adapter + cache", (0, 1), lambda: fit_gate(held, (adapter, best_cache)))
+    return result
+
+
+def _best(fitted: dict[str, Fitted], held: HeldOut) -> str:
+    return max(fitted, key=lambda name: float(held.log_probs(fitted[name].mixture).mean()))
+
+
+def judge(fitted: Fitted, held: HeldOut) -> Judged:
+    """Let a mixture look at every target."""
+    started = time.perf_counter()
+    evidence = held.evidence._replace(memories=tuple(held.evidence.memories[place] for place in fitted.memories))
+    evidence = evidence.nearest(fitted.mixture.ks)
+    weights, likelihoods = [], []
+    for start in range(0, len(held), _BLOCK):
+        rows = torch.arange(start, min(start + _BLOCK, len(held)))
+        part = evidence.rows(rows)
+        mix = fitted.mixture.mix(part)
+        pairs = zip(mix.log_shares, part.memories, strict=True)
+        columns = [ops.knn_target_log_probs(share, found.tokens, held.targets[rows]) for share, found in pairs]
+        weights.append(mix.weights.double())
+        likelihoods.append(torch.stack(columns, dim=1).double().exp())
+    result = torch.cat(weights), torch.cat(likelihoods)
+    return Judged(*result, mixed(*result, held.lm_log_probs), time.perf_counter() - started)
+
+
+def mixed(weights: Tensor, likelihoods: Tensor, lm_log_probs: Tensor) -> Tensor:
+    """Return log(Σ λ_m p_m + (1 − Σ λ_m) p_LM) of every target, float64, shape (n,)."""
+    alone = (1 - weights.sum(dim=1)) * lm_log_probs.double().exp()
+    return (alone + (weights * likelihoods).sum(dim=1)).clamp_min(1e-300).log()
+
+
+def _rows(
+    fitted: dict[str, Fitted], results: dict[str, Judged], held: HeldOut, found: Retrieved, text: Text
+) -> list[Row]:
+    documents, lm = text.document_of_target, held.lm_log_probs.double()
+    # the better cache, chosen as the gates chose theirs: on valid
+    best_cache = next(
+        name
+        for name, item in fitted.items()
+        if item.mixture is fitted["adapter + cache"].mixture.members[1]  # type: ignore
+    )
+    shuffle = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
+
+    def row(name: str, log_probs: Tensor, seconds: float, shuffled: float | None) -> Row:
+        item = fitted.get(name)
+        return Row(
+            method=name,
+            settings="" if item is None else item.mixture.describe(),
+            perplexity=math.exp(-float(log_probs.mean())),
+            over_fixed=paired_bootstrap((log_probs - results["knn-lm"].log_probs).numpy(), documents),
+            over_cache=paired_bootstrap((log_probs - results[best_cache].log_probs).numpy(), documents),
+            helped=float((log_probs - lm > math.log1p(_THRESHOLD)).double().mean()),
+            hurt=float((log_probs - lm < -math.log1p(_THRESHOLD)).double().mean()),
+            searched=float(item is not None and 0 in item.memories),
+            tokens_per_second=len(held) / max(found.model_seconds + seconds, 1e-9),
+            fit_seconds=0.0 if item is None else item.seconds,
+            parameters=0 if item is None else _parameters(item.mixture),
+            shuffled=shuffled,
+        )
+
+    rows = [row("lm", lm, 0.0, None)]
+    for name, result in results.items():
+        weights = result.weights
+        shuffled = None
+        if len(weights[weights > 0].unique()) > 1:  # a memory that found nothing has λ = 0 whatever the method
+            other = mixed(weights[shuffle], result.likelihoods, held.lm_log_probs)
+            shuffled = math.exp(-float(other.mean()))
+        searching = sum(found.search_seconds[place] for place in fitted[name].memories)
+        rows.append(row(name, result.log_probs, result.seconds + searching, shuffled))
+    return rows
+
+
+def _parameters(mixture: Mixture) -> int:
+    network = getattr(mixture, "network", None)
+    return (network.parameters if network is not None else 0) + sum(
+        _parameters(member) for member in getattr(mixture, "members", ())
+    )
+
+
+def _intervals(row: Row) -> dict[str, Any]:
+    def plain(interval: Interval) -> dict[str, Any]:
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in interval._asdict().items()
+        }
+
+    return {"over_fixed": plain(row.over_fixed), "over_cache": plain(row.over_cache)}
+
+
+def table(comparison: Comparison) -> list[str]:
+    """Return the table in lines, for a terminal."""
+    fixed, alone = comparison.row("knn-lm").perplexity, comparison.row("lm").perplexity
+    lines = [
+        f"{'method':<22}{'perplexity':>11}{'to fixed λ':>12}{'95 % interval':>22}{'to LM':>9}{'helped':>8}{'hurt':>6}"
+        f"{'searched':>10}{'tokens/s':>10}{'shuffled':>10}"
+    ]
+    for row in comparison.rows:
+        low, high = (_percent(-value) for value in (row.over_fixed.high, row.over_fixed.low))
+        interval = "" if row.method == "knn-lm" else f"{low} to {high}"
+        to_fixed, to_lm = (_percent(math.log(row.perplexity / other)) for other in (fixed, alone))
+        shuffled = "" if row.shuffled is None else f"{row.shuffled:,.2f}"
+        lines.append(
+            f"{row.method:<22}{row.perplexity:>11,.2f}{to_fixed:>12}{interval:>22}{to_lm:>9}"
+            f"{row.helped:>8.0%}{row.hurt:>6.0%}"
+            f"{row.searched:>10.0%}{row.tokens_per_second:>10,.0f}{shuffled:>10}"
+        )
+    return lines
+
+
+def _percent(nats: float) -> str:
+    """Return a change of log perplexity as a change of perplexity in percent."""
+    return "?" if not math.isfinite(nats) else f"{100 * math.expm1(min(nats, 50.0)):+.1f}%"
+
+
+def percentages(row: Row) -> tuple[str, str]:
+    """Return the gain over fixed λ as a change of perplexity with its interval, and that over the cache."""
+
+    def text(interval: Interval) -> str:
+        mean, low, high = (_percent(-value) for value in (interval.mean, interval.high, interval.low))
+        return f"{mean} ({low} to {high})"
+
+    return text(row.over_fixed), text(row.over_cache)
