@@ -1,12 +1,13 @@
 """Pointers in the place of searches: how many they save, at what perplexity, and whether they save time.
 
-    python -m benchmarks.pointers DATA_FOLDER [--corpora law,code] [--memory FOLDER]
+    python -m benchmarks.pointers DATA_FOLDER --corpora law
+    python -m benchmarks.pointers DATA_FOLDER --memory FOLDER --tokens 8000
 
 DATA_FOLDER holds `<corpus>.{train,test,valid}.jsonl.xz`. The datastore comes from `train`, at most 500 k entries behind
-FAISS, or from `--memory FOLDER`, which holds `<corpus>-all/memory`, only read. T and λ of kNN-LM (k = 1024) are tuned on
-20 k targets of `valid` with every target searched for, and serve all rows; `test` is then scored in the same run by each
-of them, from the same keys, in a seeded order, twice; the quicker time counts. Results are added to
-benchmarks/results/pointers.json and tabulated in pointers.md.
+FAISS, or from `--memory FOLDER`, which holds `<corpus>-all/memory`, only read. k ≤ 1024, T and λ of kNN-LM are tuned on
+`valid` with every target searched for, and serve all rows; `test` is then scored in the same run by each of them, from
+the same keys, in a seeded order, twice; the quicker time counts. Results are added to benchmarks/results/pointers.json
+and tabulated in pointers.md.
 """
 
 from __future__ import annotations
@@ -114,13 +115,14 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# Pointers in the place of searches",
         "",
-        "kNN-LM with k = 1024 on `test`, reference model; T and λ tuned on `valid` with every target searched for. Targets a",
-        "second are those of finding neighbors alone (search, pointers, their distances), without the model; all rows of a",
+        "kNN-LM on `test`, reference model, 1,024 neighbors found; k, T and λ tuned on `valid` with every target searched for.",
+        "Targets a second are those of finding neighbors alone (search, pointers, their distances), without the model; all rows of a",
         "table come from one run. *least* is the number of pointers that saves a search, *stream* the number of targets after",
-        "which a search is made again. Made by",
+        "which a search is made again.",
+        "The machine had other work, too, when these were made: differences of a few tenths in time mean little. Made by",
         "",
-        "    python -m benchmarks.pointers DATA",
-        "    python -m benchmarks.pointers DATA --memory STORES",
+        "    python -m benchmarks.pointers DATA --corpora law",
+        "    python -m benchmarks.pointers DATA --memory STORES --tokens 8000",
     ]
     for name, result in results.items():
         index = result["index"]
@@ -128,7 +130,7 @@ def table(results: dict[str, Any]) -> str:
             "",
             f"## {name}",
             "",
-            f"{result['targets']:,} targets, {result['threads']} threads, {index['factory']}, nprobe {index['nprobe']}, recall "
+            f"{result['targets']:,} targets, threads: {result['threads']}, {index['factory']}, nprobe {index['nprobe']}, recall "
             f"{index['recall']:.3f}; the model alone {result['lm']:.2f}.",
             "",
             "| least | stream | searches saved | perplexity | targets/s | against searching always |",

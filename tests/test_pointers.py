@@ -188,7 +188,7 @@ def test_copies_save_most_searches(planted):
     assert plain.results[1].perplexity < 0.5 * plain.results[0].perplexity
     assert pointed.settings["searched"] < 0.5
     assert pointed.results[1].perplexity < 1.1 * plain.results[1].perplexity
-    assert pointed.settings["memories"][0] == {**plain.settings["memories"][0], "pointers": 2, "stream": 32}
+    assert pointed.settings["memories"][0] == {**plain.settings["memories"][0], "pointers": 2, "stream": 16}
     explained = explain(lm, text, Pointers(memory, 2), MIXTURE)
     assert explained.tokens[100].sources[0].document.startswith("document")
 

@@ -55,7 +55,7 @@ class Pointers:
 
     memory: Datastore
     least: float
-    stream: int = 32
+    stream: int = 16
 
     def __post_init__(self) -> None:
         for name in ("least", "stream"):
