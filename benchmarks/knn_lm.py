@@ -27,7 +27,7 @@ import memlm
 from memlm.evaluation._retrieval import Retrieved, Text, gather, retrieve
 from memlm.evaluation._tune import tune_cached
 from memlm.index import auto_factory
-from memlm.mixtures import best_weight
+from memlm.mixtures import HeldOut, best_weight
 
 RESULTS = Path(__file__).parent / "results"
 CORPORA = ("law", "latex", "code", "isabelle", "peps", "wikitext2")
@@ -69,7 +69,7 @@ def measure(lm: Any, data: Path, corpus: str, scope: str) -> dict[str, Any]:
         factory = auto_factory(len(memory), memory.width, memory.key_dtype)
         memory.build_index(factory if factory != "exact" else "IVF1024,SQfp16")
         index = memory.index.details
-        cached = [gather(list(retrieve(lm, text, memory, 1024))) for text in (valid, test)]
+        cached = [gather(list(retrieve(lm, text, memory, [1024]))) for text in (valid, test)]
         result["faiss"] = {**report(cached, valid, test), "index": index}
         return result
     finally:
@@ -80,11 +80,10 @@ def exact_and_controls(lm: Any, memory: Any, valid: Text, test: Text) -> tuple[d
     """One exact search serves kNN-LM and the one with shuffled values: it returns entry numbers in place of tokens."""
     values = memory.values.astype(np.int64)
     memory.values = np.arange(len(memory))
-    found = [gather(list(retrieve(lm, text, memory, 1024))) for text in (valid, test)]
+    found = [gather(list(retrieve(lm, text, memory, [1024]))) for text in (valid, test)]
     memory.values = values
     shuffled = np.random.default_rng(0).permutation(values)
-    with_tokens = [replace(item, tokens=torch.from_numpy(values[item.tokens])) for item in found]
-    with_shuffled = [replace(item, tokens=torch.from_numpy(shuffled[item.tokens])) for item in found]
+    with_tokens, with_shuffled = ([_renamed(item, names) for item in found] for names in (values, shuffled))
     controls = {
         "unigram": unigram(values, lm.identity["tokenizer"]["vocab_size"], *found),
         "shuffled values": report(with_shuffled, valid, test)["perplexity"],
@@ -92,15 +91,20 @@ def exact_and_controls(lm: Any, memory: Any, valid: Text, test: Text) -> tuple[d
     return report(with_tokens, valid, test), controls
 
 
+def _renamed(cached: Retrieved, values: np.ndarray) -> Retrieved:
+    """Put values in the place of entry numbers."""
+    found = cached.found._replace(tokens=torch.from_numpy(values[cached.found.tokens]))
+    return replace(cached, evidence=cached.evidence._replace(memories=(found,)))
+
+
 def report(cached: list[Retrieved], valid: Text, test: Text) -> dict[str, Any]:
     """Tune on valid, report on test."""
     tuning = tune_cached(cached[0], valid.document_of_target)
     best = tuning.best
     part = cached[1]
-    neighbors = (part.distances[:, : best.k], part.tokens[:, : best.k], part.present[:, : best.k])
-    mixed = best.target_log_probs(part.lm_log_probs, part.targets, *neighbors).double()
-    paper = memlm.KnnMixture(interpolation_weight=0.25, temperature=1.0, k=1024)
-    papers = paper.target_log_probs(part.lm_log_probs, part.targets, part.distances, part.tokens, part.present).double()
+    held = HeldOut(part.targets, part.lm_log_probs, part.evidence, test.document_of_target)
+    mixed = held.log_probs(best)
+    papers = held.log_probs(memlm.KnnMixture(interpolation_weight=0.25, temperature=1.0, k=1024))
     return {
         "lm": math.exp(-float(part.lm_log_probs.double().mean())),
         "perplexity": math.exp(-float(mixed.mean())),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,15 @@ class Neighbors(NamedTuple):
             np.take_along_axis(self.distances, order, axis=1),
             np.take_along_axis(self.present, order, axis=1),
         )
+
+    def rows(self, rows: npt.NDArray[Any]) -> Neighbors:
+        """Return the neighbors of some queries: numbers or a mask."""
+        return Neighbors(self.entries[rows], self.distances[rows], self.present[rows])
+
+    def put(self, rows: npt.NDArray[Any], other: Neighbors) -> None:
+        """Write neighbors over the first ones of some queries."""
+        for whole, part in zip(self, other, strict=True):
+            whole[rows, : part.shape[1]] = part
 
     def beside(self, other: Neighbors) -> Neighbors:
         """Return the neighbors of both, for the same queries, these first."""

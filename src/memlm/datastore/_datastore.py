@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +175,7 @@ class Datastore:
             ConfigError: k is larger than the datastore.
             ShapeError: Queries have another width.
         """
-        if not 1 <= k <= len(self):
-            raise ConfigError(f"k is {k}; expected 1 to {len(self)}, the number of entries in {self.path}")
-        if queries.ndim != 2 or queries.shape[1] != self.width:
-            raise ShapeError(f"queries have shape {queries.shape}; expected (n, {self.width})")
-        if not np.isfinite(queries).all():
-            raise ShapeError("queries hold NaN or infinite numbers; check the model's weights and its dtype")
+        self.check_search(queries, k)
         queries = np.ascontiguousarray(queries, np.float32)
         if exclude is None or not len(queries):
             return self._checked(self.index.search(queries, k, (0, 0))) if len(queries) else Neighbors.empty(0, k)
@@ -192,6 +188,15 @@ class Datastore:
                 whole[mine] = part
         return result
 
+    def check_search(self, queries: npt.NDArray[np.float32], k: int) -> None:
+        """Raise what `search` raises for such queries."""
+        if not 1 <= k <= len(self):
+            raise ConfigError(f"k is {k}; expected 1 to {len(self)}, the number of entries in {self.path}")
+        if queries.ndim != 2 or queries.shape[1] != self.width:
+            raise ShapeError(f"queries have shape {queries.shape}; expected (n, {self.width})")
+        if not np.isfinite(queries).all():
+            raise ShapeError("queries hold NaN or infinite numbers; check the model's weights and its dtype")
+
     def _checked(self, found: Neighbors) -> Neighbors:
         if found.entries.max(initial=0) >= len(self):
             raise DatastoreCorrupt(f"the index of {self.path} names entries that do not exist; rebuild it")
@@ -199,7 +204,10 @@ class Datastore:
 
     def lookup(self, queries: npt.NDArray[np.float32], k: int, exclude: npt.NDArray[np.int64] | None = None) -> Found:
         """Find the nearest entries with their values, as tensors of shape (n, k); see `search`."""
-        found = self.search(queries, k, exclude)
+        return self.with_values(self.search(queries, k, exclude))
+
+    def with_values(self, found: Neighbors) -> Found:
+        """Return neighbors with their values, as tensors."""
         tokens = self.values[found.entries].astype(np.int64)
         distances, present = torch.from_numpy(found.distances), torch.from_numpy(found.present)
         return Found(distances, torch.from_numpy(tokens), present, torch.from_numpy(found.entries))
@@ -267,6 +275,13 @@ class Datastore:
         for start, segment in zip(self._starts, self._segments, strict=False):
             for first, stop in zip(segment.entry_starts, segment.entry_starts[1:], strict=False):
                 yield int(start + first), int(start + stop)
+
+    @cached_property
+    def last_of_document(self) -> npt.NDArray[np.bool_]:
+        """Whether an entry is the last of its document, shape (entries,)."""
+        result = np.zeros(len(self), bool)
+        result[[stop - 1 for first, stop in self.entry_ranges() if first < stop]] = True
+        return result
 
     def info(self) -> dict[str, Any]:
         """Return numbers, sizes and settings, as plain values."""

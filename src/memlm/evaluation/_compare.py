@@ -185,27 +185,54 @@ def compare(
         CorpusError: No text.
         DatastoreMismatch: The datastore was built with another model, tokenizer or key site.
     """
-    memories, ks = [memory, Cache(cache)], (min(max_k, len(memory)), cache)
-    texts = [Text(lm, source, max_tokens) for source in (valid, test)]
-    names = ("reading valid", "reading test")
-    passes = [
-        gather(
-            list(retrieve(lm, text, memories, ks, beliefs=True, show_progress=show_progress, description=description))
-        )
-        for text, description in zip(texts, names, strict=True)
+    settings = {"max_k": max_k, "cache": cache, "max_tokens": max_tokens, "show_progress": show_progress}
+    sides = [
+        read(lm, memory, source, description=f"reading {name}", **settings)
+        for name, source in (("valid", valid), ("test", test))
     ]
-    statistics = memory.statistics()
-    held, judged = (
-        HeldOut(found.targets, found.lm_log_probs, found.evidence, units(text.document_of_target)[0], statistics)
-        for found, text in zip(passes, texts, strict=True)
-    )
-    fitted = fit_all(held, passes[0], texts[0])
+    return compare_read(lm, memory, *sides, show_progress=show_progress)
+
+
+class Read(NamedTuple):
+    """A text with what a datastore and a cache found for it."""
+
+    text: Text
+    found: Retrieved
+    held: HeldOut
+
+
+def read(
+    lm: LanguageModel,
+    memory: Datastore,
+    source: Any,
+    *,
+    max_k: int,
+    cache: int,
+    max_tokens: int | None,
+    show_progress: bool,
+    description: str,
+) -> Read:
+    """Pass over a text once; see `compare`."""
+    text, memories, ks = Text(lm, source, max_tokens), [memory, Cache(cache)], (min(max_k, len(memory)), cache)
+    batches = retrieve(lm, text, memories, ks, beliefs=True, show_progress=show_progress, description=description)
+    found = gather(list(batches))
+    groups = units(text.document_of_target)[0]
+    held = HeldOut(found.targets, found.lm_log_probs, found.evidence, groups, memory.statistics())
+    return Read(text, found, held)
+
+
+def compare_read(
+    lm: LanguageModel, memory: Datastore, valid: Read, test: Read, *, show_progress: bool = False
+) -> Comparison:
+    """Fit to one text and judge by the other; see `compare`."""
+    judged = test.held
+    fitted = fit_all(valid.held, valid.found, valid.text)
     results = {name: judge(item, judged) for name, item in fitted.items()}
-    rows = _rows(fitted, results, judged, passes[1], texts[1])
+    rows = _rows(fitted, results, judged, test.found, test.text)
     learned = fitted["learned"].mixture
     assert isinstance(learned, LearnedMixture)
     if learned.skips:  # what it saves shows only in a pass that skips
-        again = evaluate(lm, test, memory, learned, max_tokens=max_tokens, show_progress=show_progress)
+        again = evaluate(lm, test.text, memory, learned, show_progress=show_progress)
         speed, searched = again.results[-1].tokens_per_second, again.settings["searched"]
         rows = [
             dataclasses.replace(row, tokens_per_second=speed, searched=searched) if row.method == "learned" else row
@@ -213,16 +240,16 @@ def compare(
         ]
     return Comparison(
         rows=tuple(rows),
-        tokens=texts[1].tokens,
-        valid_tokens=texts[0].tokens,
-        unit=units(texts[1].document_of_target)[1],
+        tokens=test.text.tokens,
+        valid_tokens=valid.text.tokens,
+        unit=units(test.text.document_of_target)[1],
         skipping=skipping_curve(judged.memory(0), dataclasses.replace(learned, threshold=0.0)),
-        analysis=analyze(memory, texts[1], judged, fitted, results),
+        analysis=analyze(memory, test.text, judged, fitted, results),
         settings={
             "model": lm.name,
             "memory": {"entries": len(memory), "index": memory.index.details},
             "windows": {"context": lm.windows.context, "stride": lm.windows.stride},
-            "cache": cache,
+            "cache": judged.evidence.memories[1].tokens.shape[1],
         },
         mixtures={name: item.mixture for name, item in fitted.items()},
     )

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cache import Cache
-from ..datastore import Datastore
+from ..datastore import Pointers
 from ..mixtures import Mixture
 from ..models import Scorer
 from ._bootstrap import Interval, paired_bootstrap
-from ._retrieval import Text, as_memories, retrieve
+from ._retrieval import Memory, Text, as_memories, retrieve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +147,7 @@ def evaluate(
         lm: The model that made the datastore's keys, or a `BlackBox` whose encoder made them.
         source: Text neither stored in the datastore nor tuned on; documents that are stored do not see their own
             entries.
-        memory: A datastore, a cache, or a list of those, as the mixture expects.
+        memory: A datastore, alone or with `Pointers`, a cache, or a list of those, as the mixture expects.
         mixture: How to mix.
         max_tokens: Targets scored; None scores all.
         leave_out_own: False lets a stored document find itself, which measures nothing but that storing works.
@@ -157,7 +157,7 @@ def evaluate(
         CorpusError: No text.
         DatastoreMismatch: The datastore was built with another model, tokenizer or key site.
     """
-    text = Text(lm, source, max_tokens)
+    text = source if isinstance(source, Text) else Text(lm, source, max_tokens)
     targets = np.zeros(text.tokens, np.int64)
     lm_log_probs, log_probs = np.zeros(text.tokens), np.zeros(text.tokens)
     model_seconds = memory_seconds = searched = 0.0
@@ -208,9 +208,12 @@ def evaluate(
     )
 
 
-def _describe(memory: Datastore | Cache) -> dict[str, Any]:
+def _describe(memory: Memory) -> dict[str, Any]:
     if isinstance(memory, Cache):
         return {"cache": memory.length}
+    if isinstance(memory, Pointers):
+        least = memory.least if math.isfinite(memory.least) else None
+        return {**_describe(memory.memory), "pointers": least, "stream": memory.stream}
     return {
         "path": str(memory.path),
         "entries": len(memory),

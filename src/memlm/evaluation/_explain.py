@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 from .. import ops
-from ..datastore import Datastore
 from ..documents import Document
 from ..evidence import Evidence
 from ..mixtures import Mixture
 from ..models import Scorer
 from ._explanation import ExplainedToken, Explanation, Source
-from ._retrieval import Memory, Retrieved, Text, as_memories, retrieve
+from ._retrieval import Memory, Retrieved, Text, as_memories, datastore_of, retrieve
 
 
 def explain(
@@ -110,8 +109,9 @@ def _token_text(tokenized: Any, place: int) -> str:
 
 
 def _describe(memory: Memory) -> str:
-    if isinstance(memory, Datastore):
-        return f"{len(memory):,} entries, {memory.manifest.documents:,} documents"
+    datastore = datastore_of(memory)
+    if datastore is not None:
+        return f"{len(datastore):,} entries, {datastore.manifest.documents:,} documents"
     return f"the last {len(memory):,} tokens"
 
 
@@ -143,8 +143,9 @@ def _sources(
 
 def _origin(memory: Memory, entry: int, tokenized: Any, context: int = 60) -> dict[str, str]:
     """Tell where an entry comes from, with the text around it."""
-    if isinstance(memory, Datastore):
-        origin = memory.provenance(entry)
+    datastore = datastore_of(memory)
+    if datastore is not None:
+        origin = datastore.provenance(entry)
         return {name: getattr(origin, name) for name in ("document", "before", "token", "after")}
     text, (start, stop) = tokenized.document.text, (int(place) for place in tokenized.spans[entry + 1])
     start = min(start, int(tokenized.spans[entry, 1]))

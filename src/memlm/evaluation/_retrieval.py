@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache
-from ..datastore import Datastore
+from ..datastore import Datastore, Pointers
 from ..documents import Corpus, Document, describe
 from ..errors import ConfigError, CorpusError
 from ..evidence import Belief, Evidence, Found, join, join_beliefs
@@ -24,7 +24,7 @@ from ..progress import progress
 _GROUP = 1 << 15  # tokens of documents that are cut and batched together
 _SEARCHED_TOGETHER = 1 << 13  # queries
 
-Memory = Datastore | Cache
+Memory = Datastore | Cache | Pointers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Retrieved:
         targets: Int64, shape (n,).
         lm_log_probs: log p_LM of the targets, float32, shape (n,).
         evidence: What the memories found and, if asked for, what the model believes.
-        searched: Share of the targets for which memories were searched.
+        searched: Share of the targets for which memories were searched; with pointers, the last such memory.
         model_seconds: Time of the model's forward pass.
         search_seconds: Time of the search, memory by memory.
     """
@@ -109,15 +109,22 @@ def as_memories(memory: Any) -> list[Memory]:
     """Return one memory or several as a list.
 
     Raises:
-        ConfigError: It is neither a datastore nor a cache, nor a list of those.
+        ConfigError: It is neither a datastore, alone or with pointers, nor a cache, nor a list of those.
     """
     memories = list(memory) if isinstance(memory, list | tuple) else [memory]
     for item in memories:
-        if not isinstance(item, Datastore | Cache):
+        if not isinstance(item, Memory):
             raise ConfigError(f"a memory is {item!r}; expected a Datastore, a Cache, or a list of those")
     if not memories:
         raise ConfigError("there is no memory in the list; expected at least one Datastore or Cache")
     return memories
+
+
+def datastore_of(memory: Memory) -> Datastore | None:
+    """Return what a memory searches; None for a cache."""
+    if isinstance(memory, Pointers):
+        return memory.memory
+    return memory if isinstance(memory, Datastore) else None
 
 
 def check_same(lm: Scorer, memory: Datastore) -> None:
@@ -149,7 +156,7 @@ def retrieve(
     Args:
         lm: The model that made the keys, or a `BlackBox` whose encoder made them.
         text: What to score.
-        memory: Where to search: a datastore, a cache, or a list of those.
+        memory: Where to search: a datastore, alone or with pointers, a cache, or a list of those.
         ks: Neighbors a target, one number a memory; a cache returns all that it remembers.
         beliefs: Keep what the model believes in the evidence.
         wanted: Says from beliefs for which targets to search; the others find nothing. None searches for all.
@@ -164,16 +171,14 @@ def retrieve(
     memories = as_memories(memory)
     if len(ks) != len(memories):
         raise ConfigError(f"the mixture is for {len(ks)} memories, {len(memories)} are given; pass one for each")
-    for item in memories:
-        if isinstance(item, Datastore):
-            check_same(lm, item)
-    own = {
-        place: np.array([item.document_range(document) for document in text.texts]).reshape(-1, 2)
-        for place, item in enumerate(memories)
-        if isinstance(item, Datastore) and leave_out_own
-    }
+    own: dict[int, np.ndarray] = {}
+    for place, datastore in enumerate(map(datastore_of, memories)):
+        if datastore is not None:
+            check_same(lm, datastore)
+            if leave_out_own:
+                own[place] = np.array([datastore.document_range(item) for item in text.texts]).reshape(-1, 2)
     owners = text.document_of_target
-    whole = any(isinstance(item, Cache) for item in memories)
+    whole = any(not isinstance(item, Datastore) for item in memories)
     with progress(description, text.tokens, show=show_progress) as advance:
         first_row = first_document = 0
         while first_document < len(text.ids):
@@ -184,21 +189,29 @@ def retrieve(
             group = text.ids[first_document:stop]
             started = time.perf_counter()
             batches = _joined(lm.score(group, beliefs=beliefs or wanted is not None))
-            past = torch.empty(0)  # with a cache, the keys of the group's targets in order
+            past = torch.empty(0)  # with a cache or pointers, the keys of the group's targets in order
             if whole:
                 everything = _put_together(list(batches))
                 past = everything.keys[everything.rows.argsort()]
-                batches = _split(everything)
+                batches = _split(everything, any(isinstance(item, Pointers) for item in memories))
             for batch in batches:
                 scored = time.perf_counter()
                 rows = batch.rows + first_row
                 asked = None if wanted is None or batch.belief is None else wanted(batch.belief)
                 found, times = [], [scored]
+                share = 1.0 if asked is None else float(asked.float().mean())
                 for place, (item, k) in enumerate(zip(memories, ks, strict=True)):
+                    exclude = own[place][owners[rows.numpy()]] if place in own else None
+                    if exclude is not None and not exclude.any():
+                        exclude = None
                     if isinstance(item, Cache):
                         found.append(_recall(item, past, group, batch.rows))
+                    elif isinstance(item, Pointers):
+                        documents, some = owners[rows.numpy()], None if asked is None else asked.numpy()
+                        part = item.lookup(batch.keys.numpy(), batch.targets.numpy(), documents, k, exclude, some)
+                        found.append(part.found)
+                        share = float(part.searched.mean())
                     else:
-                        exclude = own[place][owners[rows.numpy()]] if place in own else None
                         found.append(_lookup(item, batch.keys, k, exclude, asked))
                     times.append(time.perf_counter())
                 yield Retrieved(
@@ -206,7 +219,7 @@ def retrieve(
                     targets=batch.targets,
                     lm_log_probs=batch.log_probs,
                     evidence=Evidence(tuple(found), batch.belief if beliefs else None),
-                    searched=1.0 if asked is None else float(asked.float().mean()),
+                    searched=share,
                     model_seconds=scored - started,
                     search_seconds=tuple(after - before for before, after in pairwise(times)),
                 )
@@ -218,8 +231,6 @@ def retrieve(
 
 def _lookup(memory: Datastore, keys: Tensor, k: int, exclude: np.ndarray | None, asked: Tensor | None) -> Found:
     """Search a datastore for those targets that ask for it."""
-    if exclude is not None and not exclude.any():
-        exclude = None
     if asked is None:
         return memory.lookup(keys.numpy(), k, exclude)
     result = Found.nothing(len(keys), k)
@@ -243,9 +254,9 @@ def _recall(cache: Cache, keys: Tensor, documents: list[np.ndarray], rows: Tenso
     return Found(*(torch.cat(columns) for columns in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
-def _split(batch: ScoredBatch) -> Iterator[ScoredBatch]:
-    """Cut a batch into smaller ones, in the order of the text."""
-    for rows in batch.rows.argsort().split(_SEARCHED_TOGETHER):
+def _split(batch: ScoredBatch, pointers: bool) -> Iterator[ScoredBatch]:
+    """Put a batch in the order of the text and cut it into smaller ones; with pointers it stays whole: more streams."""
+    for rows in batch.rows.argsort().split(len(batch.rows) if pointers else _SEARCHED_TOGETHER):
         belief = None if batch.belief is None else Belief(*(part[rows] for part in batch.belief))
         rest = batch.rows[rows], batch.targets[rows], batch.log_probs[rows], batch.keys[rows]
         yield ScoredBatch(*rest, belief)

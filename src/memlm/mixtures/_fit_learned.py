@@ -19,11 +19,7 @@ from ._learned import LearnedMixture, context_features
 from ._network import Network
 from ._train import train
 
-_WIDTHS = (
-    64,
-    64,
-    1,
-)  # narrower than the paper's four layers of 128: held-out text is thousands of tokens, not a million
+_WIDTHS = (64, 64, 1)  # the paper has four layers of 128, and a hundred times the text to fit them to
 _SPARSITY = 0.05  # a in the paper: nats that a λ of 1 costs
 _SHARES = np.linspace(0, 0.95, 20)
 

@@ -99,6 +99,8 @@ def _common_site(model: Any, memories: list[Any]) -> KeySite:
     sites = []
     for memory in memories:
         if not isinstance(memory, Cache):
+            if not hasattr(memory, "manifest"):  # pointers need to know which token came: they are for scoring
+                raise ModelError(f"a memory is {memory!r}; expected a Datastore or a Cache")
             described = memory.manifest.encoder
             memory.manifest.check_encoder(type(model).__name__, encoder_fingerprint(find_decoder(model)))
             site = described["key_site"]

@@ -1,0 +1,196 @@
+"""Every way to choose λ on six corpora, adapters carried to other corpora, and one gate over two datastores.
+
+    python -m benchmarks.mixtures DATA_FOLDER --stores FOLDER [--corpora law,latex] [--parts compare,transfer,gate]
+
+DATA_FOLDER holds `<corpus>.{train,valid,test}.jsonl.xz`. The datastore of a corpus holds the whole of `train`, behind
+FAISS; it is made in FOLDER/<corpus>-all/memory unless it is there already. Everything is fitted to 20 k tokens of `valid`
+and reported on 20 k tokens of `test`, in seeded contiguous pieces. Results are added to benchmarks/results/mixtures.json
+and tabulated in mixtures.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import memlm
+from benchmarks.knn_lm import CORPORA, TOKENS, pieces
+from memlm.evaluation._compare import Read, compare_read, read
+from memlm.evaluation._comparison_page import markdown
+from memlm.evaluation._retrieval import Text, gather, retrieve
+from memlm.evidence import Evidence, join
+from memlm.mixtures import HeldOut, fit_gate
+
+RESULTS = Path(__file__).parent / "results"
+SETTINGS = {"max_k": 1024, "cache": 1024, "max_tokens": TOKENS, "show_progress": True}
+PAIR = ("law", "code")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--stores", type=Path, required=True)
+    parser.add_argument("--corpora", default=",".join(CORPORA))
+    parser.add_argument("--parts", default="compare,transfer,gate")
+    options = parser.parse_args()
+    lm = memlm.reference_lm()
+    results: dict[str, Any] = {}
+    path = RESULTS / "mixtures.json"
+    if path.exists():
+        results = json.loads(path.read_text())
+    adapters, tests, sides = {}, {}, {}
+    for corpus in options.corpora.split(","):
+        memory = store(lm, options.data, corpus, options.stores)
+        valid, test = (side(lm, memory, options.data, corpus, split) for split in ("valid", "test"))
+        comparison = compare_read(lm, memory, valid, test)
+        comparison.save(options.stores / f"{corpus}.html")
+        print(f"{corpus}\n{comparison}\n", flush=True)
+        results.setdefault("compare", {})[corpus] = comparison.to_dict() | {"markdown": markdown(comparison)}
+        adapters[corpus] = comparison.mixtures["adapter"]
+        tests[corpus] = (test.held.memory(0), comparison)
+        if corpus in PAIR:
+            sides[corpus] = (memory, valid, test)
+        publish(results)
+    if "transfer" in options.parts and len(adapters) > 1:
+        results["transfer"] = transfer(adapters, tests)
+        publish(results)
+    if "gate" in options.parts and all(corpus in sides for corpus in PAIR):
+        results["gate"] = two_datastores(lm, options.data, sides, adapters)
+        publish(results)
+
+
+def publish(results: dict[str, Any]) -> None:
+    (RESULTS / "mixtures.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "mixtures.md").write_text(table(results))
+
+
+def store(lm: Any, data: Path, corpus: str, stores: Path) -> memlm.Datastore:
+    path = stores / f"{corpus}-all" / "memory"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        memlm.Datastore.build(lm, data / f"{corpus}.train.jsonl.xz", path)
+    return memlm.Datastore(path)
+
+
+def side(lm: Any, memory: memlm.Datastore, data: Path, corpus: str, split: str) -> Read:
+    source = pieces(data / f"{corpus}.{split}.jsonl.xz")
+    return read(lm, memory, source, description=f"{corpus} {split}", **SETTINGS)
+
+
+def transfer(adapters: dict[str, Any], tests: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Perplexity change, in percent of the tuned fixed λ, of every corpus' adapter on every corpus' test and datastore."""
+    rows: dict[str, dict[str, float]] = {}
+    for source, adapter in adapters.items():
+        rows[source] = {}
+        for target, (held, comparison) in tests.items():
+            perplexity = math.exp(-float(held.log_probs(adapter).mean()))
+            rows[source][target] = 100 * (perplexity / comparison.row("knn-lm").perplexity - 1)
+    return rows
+
+
+def two_datastores(lm: Any, data: Path, sides: dict[str, Any], adapters: dict[str, Any]) -> dict[str, Any]:
+    """One gate over both datastores, fitted to both valid texts together, against each datastore's adapter alone."""
+    helds: dict[str, list[HeldOut]] = {"valid": [], "test": []}
+    for corpus in PAIR:
+        for place, split in enumerate(("valid", "test"), start=1):
+            text = Text(lm, pieces(data / f"{corpus}.{split}.jsonl.xz"), TOKENS)
+            known = sides[corpus][place].held
+            found = []
+            for other in PAIR:
+                if other == corpus:
+                    found.append(known.evidence.memories[0])
+                else:
+                    passed = retrieve(lm, text, sides[other][0], [1024], description=f"{corpus} in {other}")
+                    found.append(gather(list(passed)).found)
+            evidence = Evidence(tuple(found), known.evidence.belief)
+            helds[split].append(HeldOut(known.targets, known.lm_log_probs, evidence, known.groups))
+    members = tuple(adapters[corpus] for corpus in PAIR)
+    first, second = helds["valid"]
+    both = HeldOut(
+        torch.cat([first.targets, second.targets]),
+        torch.cat([first.lm_log_probs, second.lm_log_probs]),
+        join([first.evidence, second.evidence]),
+        np.concatenate([first.groups, second.groups + 1 + first.groups.max()]),
+    )
+    gate = fit_gate(both, members)
+    rows = {}
+    for corpus, held in zip(PAIR, helds["test"], strict=True):
+        alone = {
+            other: math.exp(-float(held.memory(place).log_probs(members[place]).mean()))
+            for place, other in enumerate(PAIR)
+        }
+        weights = gate.mix(held.evidence.rows(torch.arange(2000))).weights.mean(dim=0).tolist()
+        rows[corpus] = {
+            "lm": math.exp(-float(held.lm_log_probs.double().mean())),
+            **{f"adapter of {other}": value for other, value in alone.items()},
+            "gate": math.exp(-float(held.log_probs(gate).mean())),
+            **{f"mean λ of {other}": weight for other, weight in zip(PAIR, weights, strict=True)},
+        }
+    return rows
+
+
+def table(results: dict[str, Any]) -> str:
+    """Tabulate everything as Markdown."""
+    parts = [
+        "# When to trust the memory: every way to choose λ",
+        "",
+        "Perplexity per token on `test`, with the reference language model (its training text holds WikiText-2 and none",
+        "of the others) and the whole of `train` stored, behind FAISS. Fitted to 20 k tokens of `valid`; each row's test",
+        "text was scored once. Changes in percent of perplexity, with paired bootstrap 95 % intervals. *λ shuffled* gives",
+        "every token the weight of another one. tokens/s: model, search and mixing on two shared, busy cores; compare",
+        "them within a table alone.",
+        "",
+        "    python -m benchmarks.mixtures DATA --stores FOLDER",
+        "",
+    ]
+    compared = results.get("compare", {})
+    if compared:
+        methods = [row["method"] for row in next(iter(compared.values()))["rows"]]
+        parts += ["## Change of perplexity against the tuned fixed λ", ""]
+        parts += ["| method | " + " | ".join(compared) + " | mean of the domains |", "|---" * (len(compared) + 2) + "|"]
+        fixed = {corpus: _perplexity(item, "knn-lm") for corpus, item in compared.items()}
+        domains = [corpus for corpus in compared if corpus != "wikitext2"]
+        for method in methods:
+            changes = {corpus: _perplexity(item, method) / fixed[corpus] for corpus, item in compared.items()}
+            mean = math.exp(sum(math.log(changes[corpus]) for corpus in domains) / max(1, len(domains)))
+            cells = [*changes.values(), mean] if method != "lm" else [*changes.values()]
+            text = [f"{100 * (change - 1):+,.1f} %" for change in cells]
+            parts.append("| " + " | ".join([method, *text, *([""] if method == "lm" else [])]) + " |")
+        parts.append("| *fixed λ* | " + " | ".join(f"{value:,.2f}" for value in fixed.values()) + " | |")
+        parts.append("")
+    if "transfer" in results:
+        columns = list(results["transfer"])
+        parts += ["## Adapters carried to other datastores", ""]
+        parts += [
+            "Rows: fitted with; columns: used with, without refitting; against that datastore's tuned fixed λ.",
+            "",
+        ]
+        parts += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for source, row in results["transfer"].items():
+            parts.append("| " + " | ".join([source, *(f"{row[column]:+,.1f} %" for column in columns)]) + " |")
+        parts.append("")
+    if "gate" in results:
+        columns = list(next(iter(results["gate"].values())))
+        parts += ["## One gate over two datastores", "", "Fitted to both `valid` texts together.", ""]
+        parts += ["| test text | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for corpus, row in results["gate"].items():
+            cells = (f"{row[name]:.3f}" if name.startswith("mean") else f"{row[name]:,.2f}" for name in columns)
+            parts.append("| " + " | ".join([corpus, *cells]) + " |")
+        parts.append("")
+    for corpus, item in compared.items():
+        parts += [f"## {corpus}", "", item["markdown"]]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _perplexity(item: dict[str, Any], method: str) -> float:
+    return next(row["perplexity"] for row in item["rows"] if row["method"] == method)
+
+
+if __name__ == "__main__":
+    main()
