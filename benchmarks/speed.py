@@ -292,6 +292,12 @@ def table(results: dict[str, Any]) -> str:
             f"as they come, recall@1024 {base['recall']:.3f}. Scoring by the model alone, within the same passes:",
             f"{ours['score_model_alone']:,.0f} tokens/s in batches, {base['score_model_alone']:,.0f} one window at a time.",
         ]
+    if "gpt2" in results:
+        lines += [
+            "",
+            "The GPT-2 shape has random weights, whose keys have no clusters to search; so its store and its queries are the",
+            "reference model's keys of real text, rotated into its width. Both sides run the forward pass of the GPT-2 shape.",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,7 @@ from memlm.mixtures import load_mixture
 from test_training import RECIPE
 from tiny_models import tiny_model
 
-VERBS = ["build", "info", "overlap", "tune", "eval", "generate", "explain", "train-lm", "demo", "doctor"]
+VERBS = ["build", "info", "overlap", "tune", "eval", "generate", "explain", "compare", "train-lm", "demo", "doctor"]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,52 @@ def test_tune_eval_round(world, lm, tmp_path):
     assert before["perplexity"] == pytest.approx(after["perplexity"]), "λ given on the command line was not used"
 
 
-@pytest.mark.parametrize("kind", ["buckets", "exponential", "logistic", "auto"])
+def test_every_way_to_choose_the_weight_is_compared(world, tmp_path):
+    files = [tmp_path / f"comparison.{suffix}" for suffix in ("json", "md", "html")]
+    texts = ["--valid", world.texts / "valid", "--test", world.texts / "test"]
+    options = [part for file in files for part in ("--save", file)]
+    result = run("compare", world.model, world.memory, *texts, *options, "--mixtures", tmp_path / "mixtures")
+    assert result.code == 0, result.err
+    rows = {line[:22].strip(): line for line in result.out.splitlines()}
+    assert {"lm", "cache", "knn-lm", "buckets", "exponential", "learned", "adapter", "adapter + cache"} <= set(rows)
+    data = json.loads(files[0].read_text())
+    perplexity = {row["method"]: row["perplexity"] for row in data["rows"]}
+    assert all(f"{value:,.2f}" in rows[name] for name, value in perplexity.items())
+    table, page = files[1].read_text(), files[2].read_text()
+    assert all(f"| {name} |" in table and f"<td>{name}</td>" in page for name in perplexity)
+    assert "data:image/png;base64," in page
+    # what was fitted is what was reported, and the other verbs take it
+    memory = Datastore(world.memory)
+    name = memory.manifest.content_sha256[:12]
+    saved = tmp_path / "mixtures" / f"{name}-adapter.json"
+    evaluated = run("eval", world.model, world.memory, world.texts / "test", "--mixture", saved, "--json")
+    assert json.loads(evaluated.out)["results"][1]["perplexity"] == pytest.approx(perplexity["adapter"], rel=1e-3)
+    gate = tmp_path / "mixtures" / f"{name}-adapter-cache.json"
+    evaluated = run("eval", world.model, world.memory, world.texts / "test", "--mixture", gate, "--json")
+    assert json.loads(evaluated.out)["results"][1]["perplexity"] == pytest.approx(
+        perplexity["adapter + cache"], rel=1e-3
+    )
+    for verb in ("generate", "explain"):
+        for mixture in (saved, gate):
+            assert run(verb, world.model, world.memory, "The cat", "--mixture", mixture).code == 0
+    many = run("eval", world.model, world.memory, world.texts / "test", "--mixture", tmp_path / "mixtures")
+    assert (many.code, "name one file" in many.err) == (2, True)
+
+
+def test_a_folder_holds_the_mixture_of_a_datastore(world, tmp_path):
+    tuned = run("tune", world.model, world.memory, world.texts / "valid", "--save", tmp_path)
+    assert tuned.code == 0, tuned.err
+    (written,) = tmp_path.iterdir()
+    assert written.name == f"{Datastore(world.memory).manifest.content_sha256[:12]}-knn.json"
+    for place in (written, tmp_path):
+        result = run("eval", world.model, world.memory, world.texts / "test", "--mixture", place, "--json")
+        assert json.loads(result.out)["settings"]["mixture"]["kind"] == "knn"
+    (tmp_path / "empty").mkdir()
+    none = run("eval", world.model, world.memory, world.texts / "test", "--mixture", tmp_path / "empty")
+    assert (none.code, "holds none for this datastore" in none.err) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["buckets", "exponential", "logistic", "learned", "adapter", "auto"])
 def test_a_weight_by_distance_is_tuned_and_taken_by_every_verb(world, lm, tmp_path, kind):
     saved = tmp_path / "mixture.json"
     tuned = run("tune", world.model, world.memory, world.texts / "valid", "--mixture", kind, "--save", saved, "--json")
@@ -224,6 +269,7 @@ def test_train_lm_makes_a_model_that_can_be_used(world, tmp_path):
         ("eval", ["test", *SETTINGS]),
         ("generate", ["The cat", "--max-new-tokens", "3", *SETTINGS]),
         ("explain", ["The cat", "--html", "OUTPUT.html", *SETTINGS]),
+        ("compare", ["--valid", "valid", "--test", "test", "--save", "OUTPUT.html"]),
         ("doctor", []),
     ],
 )

@@ -195,7 +195,7 @@ def test_an_interrupted_build_leaves_nothing(world, place):
         (["--mixture", "text.txt"], "text.txt cannot be read as JSON"),
         (["--mixture", "other.json"], "other.json is not a saved mixture"),
         (["--mixture", "bad.json"], "temperature is 0.0; expected a positive number"),
-        (["--mixture", "."], ". cannot be read as JSON"),
+        (["--mixture", "."], ". holds none for this datastore"),
     ],
 )
 @pytest.mark.parametrize("verb", ["eval", "generate", "explain"])
@@ -216,7 +216,15 @@ def test_settings_of_the_mixture(world, place, verb, options, words):
             ["tune", "MODEL", "MEMORY", "text.txt", "--save", "no/where.json"],
             "no/where.json cannot be written: there is no",
         ),
-        (["tune", "MODEL", "MEMORY", "text.txt", "--save", "."], ". is a folder; name a file in it"),
+        (
+            ["compare", "MODEL", "MEMORY", "--valid", "text.txt", "--test", "text.txt", "--save", "a.pdf"],
+            "expected .json or",
+        ),
+        (["compare", "MODEL", "MEMORY", "--valid", "none.txt", "--test", "text.txt"], "none.txt does not exist"),
+        (
+            ["compare", "MODEL", "MEMORY", "--valid", "text.txt", "--test", "text.txt", "--max-k", "0"],
+            "k is 0; expected",
+        ),
         (["eval", "MODEL", "MEMORY", "text.txt", *SETTINGS, "--max-tokens", "-1"], "max_tokens is -1"),
         (["overlap", "MODEL", "MEMORY", "text.txt", "--n", "0"], "n is 0; expected n-grams of at least 1 token"),
         (["generate", "MODEL", "MEMORY", "", *SETTINGS], "the prompt is empty; give some text"),

@@ -16,6 +16,7 @@ from ..errors import ConfigError, ModelError
 from ..text import printable
 
 if TYPE_CHECKING:
+    from ..cache import Cache
     from ..datastore import Datastore
     from ..mixtures import Mixture as AnyMixture
     from ..models import BlackBox, LanguageModel
@@ -32,7 +33,9 @@ KeySite = Annotated[
 Context = Annotated[int | None, typer.Option(help="Tokens of left context a window.")]
 Stride = Annotated[int | None, typer.Option(help="Tokens scored a window.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Use so many tokens of the text; all by default.")]
-Mixture = Annotated[Path | None, typer.Option(help="Settings saved by `memlm tune --save`.")]
+Mixture = Annotated[
+    Path | None, typer.Option(help="Settings saved by `memlm tune --save`, or a folder with some for this datastore.")
+]
 Weight = Annotated[float | None, typer.Option("--lambda", help="Interpolation weight λ, the memory's, in [0, 1].")]
 Temperature = Annotated[float | None, typer.Option(help="Divides squared distances.")]
 Endpoint = Annotated[
@@ -89,17 +92,55 @@ def open_all(
     k: int | None,
     dtype: str,
     device: str | None,
-) -> tuple[LanguageModel, Datastore, AnyMixture]:
-    """Open a datastore, load its model and take the settings: what is quick to check comes first."""
-    settings = load_mixture(mixture, weight, temperature, k)
-    from ..datastore import Datastore
-    from ..mixtures import KnnMixture
+) -> tuple[LanguageModel, list[Datastore | Cache], AnyMixture]:
+    """Open a datastore, load its model and take the settings: what is quick to check comes first.
 
-    memory = Datastore(datastore)
+    Returns:
+        The model, the memories that the mixture is for (the datastore, a cache, or both), and the mixture.
+    """
+    from ..datastore import Datastore
+    from ..mixtures import DatastoreMixture, KnnMixture
+
+    memory = None
+    if mixture is not None and mixture.is_dir():  # a folder holds one mixture a datastore
+        memory = Datastore(datastore)
+        mixture = _find_mixture(mixture, memory)
+    settings = load_mixture(mixture, weight, temperature, k)
+    memory = memory or Datastore(datastore)
     if mixture is None and k is None and isinstance(settings, KnnMixture):
         settings = dataclasses.replace(settings, k=min(settings.k, len(memory)))
-    check_k(max(settings.ks), memory)
-    return load_for(memory, model, dtype, device), memory, settings
+    memories = memories_of(settings, memory)
+    for member in getattr(settings, "members", [settings]):
+        if isinstance(member, DatastoreMixture):
+            check_k(member.k, memory)
+    return load_for(memory, model, dtype, device), memories, settings
+
+
+def memories_of(mixture: AnyMixture, memory: Datastore) -> list[Datastore | Cache]:
+    """Return what a mixture looks at: the datastore, and a cache where it has a place for one."""
+    from ..cache import Cache
+    from ..mixtures import DatastoreMixture
+
+    members = getattr(mixture, "members", [mixture])
+    memories = [memory if isinstance(member, DatastoreMixture) else Cache(member.ks[0]) for member in members]
+    if memories.count(memory) > 1:
+        raise ConfigError("this mixture is for several datastores, the command line takes one; use it from Python")
+    return memories
+
+
+def mixture_name(memory: Datastore, method: str) -> str:
+    """Return the name under which a fitted mixture is saved in a folder."""
+    slug = method.replace(" + ", "-").replace(", ", "-").replace(" ", "-")
+    return f"{memory.manifest.content_sha256[:12]}-{slug}.json"
+
+
+def _find_mixture(folder: Path, memory: Datastore) -> Path:
+    pattern = mixture_name(memory, "*")
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise ConfigError(f"{folder} holds {names} for this datastore ({pattern}); name one file")
+    return found[0]
 
 
 def behind(endpoint: str | None, model: str | None, top: int, encoder: LanguageModel) -> LanguageModel | BlackBox:

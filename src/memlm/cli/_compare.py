@@ -43,9 +43,7 @@ def compare(
         common.note(f"comparison written to {path}")
     if mixtures is not None:
         mixtures.mkdir(parents=True, exist_ok=True)
-        name = memory.manifest.content_sha256
         for method, mixture in result.mixtures.items():
-            slug = method.replace(" + ", "-").replace(", ", "-").replace(" ", "-")
-            mixture.save(mixtures / f"{name[:12]}-{slug}.json", [name])
+            mixture.save(mixtures / common.mixture_name(memory, method), [memory.manifest.content_sha256])
         common.note(f"{len(result.mixtures)} mixtures written to {mixtures}")
     common.emit(result.to_dict(), str(result), json)

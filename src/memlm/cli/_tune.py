@@ -14,7 +14,7 @@ def tune(
     model: common.Model,
     datastore: common.Memory,
     text: common.Text,
-    save: Annotated[Path | None, typer.Option(help="Write the settings here, for --mixture.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the settings to this file or folder, for --mixture.")] = None,
     mixture: Annotated[
         str, typer.Option(help="knn (one λ), buckets, exponential, logistic, learned, adapter, or auto.")
     ] = "knn",
@@ -28,7 +28,8 @@ def tune(
     json: common.Json = False,
 ) -> None:
     """Choose λ, temperature and k by the likelihood of held-out text, and say whether the memory helps at all."""
-    common.check_output(save)
+    if save is None or not save.is_dir():
+        common.check_output(save)
     from ..datastore import Datastore
     from ..evaluation import check_kind, tune_report
 
@@ -43,5 +44,6 @@ def tune(
     report = tune_report(lm, memory, [str(path) for path in text], **settings)
     common.emit({**report.to_dict(), "grid": report.grid}, report.verdict(), json)
     if save is not None:
+        save = save / common.mixture_name(memory, report.mixture.kind) if save.is_dir() else save
         report.mixture.save(save, [memory.manifest.content_sha256])
         common.note(f"settings written to {save}")

@@ -18,6 +18,7 @@ from ._fixed import KnnMixture as KnnMixture
 from ._gate import GateMixture as GateMixture
 from ._heldout import HeldOut as HeldOut
 from ._learned import LearnedMixture as LearnedMixture
+from ._mixture import DatastoreMixture as DatastoreMixture
 from ._mixture import Mixture as Mixture
 from ._saved import load_mixture as load_mixture
 
@@ -26,6 +27,7 @@ __all__ = [
     "AdapterMixture",
     "BucketMixture",
     "CacheMixture",
+    "DatastoreMixture",
     "ExponentialMixture",
     "GateMixture",
     "HeldOut",

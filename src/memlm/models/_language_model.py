@@ -159,7 +159,7 @@ class LanguageModel:
     def score(self, sequences: Iterable[np.ndarray], *, beliefs: bool = False) -> Iterator[ScoredBatch]:
         """Compute log p_LM of every target of some token sequences, and the keys, in one pass.
 
-        The logits of a batch exist only for the positions that are scored, and never for more than a fixed budget.
+        Logits exist only for the positions that are scored, of one window, or of so many as fit a fixed budget.
 
         Args:
             sequences: Token ids of documents, each int64 of shape (length,).
