@@ -133,10 +133,8 @@ def test_both_forms_are_distributions(form):
             np.testing.assert_allclose(one.exp(), mixed[:, target].exp(), rtol=1e-4, atol=1e-6)
         order = torch.randperm(min(length, LENGTH), generator=torch.Generator().manual_seed(0))
         found = evidence.memories[0]
-        permuted = found._replace(
-            **{name: getattr(found, name)[:, order] for name in ("distances", "tokens", "present", "ages")}
-        )
-        again = mixture.log_probs(lm, evidence._replace(memories=(permuted._replace(entries=found.entries[:, order]),)))
+        permuted = evidence._replace(memories=(type(found)(*(part[:, order] for part in found)),))
+        again = mixture.log_probs(lm, permuted)
         np.testing.assert_allclose(again.exp(), mixed.exp(), atol=1e-6)
     longer, same = asked(40, LENGTH + 9), asked(40, LENGTH)
     lm = same[1].log_softmax(dim=1)
@@ -145,10 +143,10 @@ def test_both_forms_are_distributions(form):
 
 def test_what_cannot_work_is_refused():
     evidence, logits, *_ = asked()
-    for settings in ({"scale": -1.0}, {"scale": float("inf")}, {"forgetting": -0.1}, {"length": 0}):
+    for wrong in ({"scale": -1.0}, {"scale": float("inf")}, {"forgetting": -0.1}, {"length": 0}):
         for make in (partial(CacheMixture, interpolation_weight=0.1), partial(SharedCacheMixture, bias=0.0)):
             with pytest.raises(ConfigError, match="expected"):
-                make(**{"scale": 1.0} | settings)
+                make(**{"scale": 1.0} | wrong)
     with pytest.raises(ConfigError, match="expected"):
         SharedCacheMixture(bias=float("nan"), scale=1.0)
     with pytest.raises(ConfigError, match="beliefs=True"):
@@ -434,13 +432,13 @@ def test_a_past_that_the_memory_has_not_seen_is_refused():
         outside = lm.model(ids[:, :5], use_cache=True).past_key_values
         with (
             attach(lm.model, Cache(16), sharp(lm)),
-            pytest.raises(ModelError, match="5 earlier tokens.*inside the block"),
+            pytest.raises(ModelError, match=r"5 earlier tokens.*inside the block"),
         ):
             lm.model(ids[:, 5:], past_key_values=outside)
         with attach(lm.model, Cache(16), sharp(lm)):
             inside = lm.model(ids[:, :5], use_cache=True).past_key_values
         lm.model(ids[:, 5:7], past_key_values=inside)
-        with attach(lm.model, Cache(16), sharp(lm)), pytest.raises(ModelError, match="7 earlier tokens.*has seen 5"):
+        with attach(lm.model, Cache(16), sharp(lm)), pytest.raises(ModelError, match=r"7 earlier tokens.*has seen 5"):
             lm.model(ids[:, 7:], past_key_values=inside)
 
 

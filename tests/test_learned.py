@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def test_statistics_are_counts_within_documents(tmp_path):
     seen, followers = Counter(), set()
     for document in documents(texts):
         ids = lm.tokenize(document).ids[1:].tolist()  # the start token is stored nowhere
-        for before, after in zip(ids, ids[1:], strict=False):
+        for before, after in pairwise(ids):
             seen[before] += 1
             followers.add((before, after))
     fertility = Counter(before for before, _ in followers)
