@@ -124,8 +124,10 @@ def test_targets_without_neighbors_are_left_out_of_the_fit():
     found = train.evidence.memories[0]
     found = found._replace(present=found.present & (torch.arange(400) % 2 == 0)[:, None])
     half = held_out(train.targets, train.lm_log_probs, [found], train.evidence.belief)
-    mixture = fit("adapter", half, KnnMixture(interpolation_weight=0.3, temperature=1.0, k=8))
-    odd = torch.arange(400) % 2 == 1
+    base, odd = KnnMixture(interpolation_weight=0.3, temperature=1.0, k=8), torch.arange(400) % 2 == 1
+    mixture, of_others = fit("adapter", half, base), fit("adapter", half.rows(~odd.numpy()), base)
+    for name, tensor in mixture.network.tensors().items():
+        assert tensor.equal(of_others.network.tensors()[name]), name
     assert half.log_probs(mixture)[odd].equal(train.lm_log_probs[odd].double())
     assert math.isfinite(float(half.log_probs(mixture).mean()))
 
