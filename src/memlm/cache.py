@@ -60,8 +60,8 @@ class Cache:
             end = min(start + _BLOCK, last)
             entries = torch.arange(start, end, device=keys.device)[:, None] - ages.long()  # (n, length)
             present = entries >= 0
-            if known is not None:
-                present &= known[entries.clamp_min(0)]
+            if known is not None:  # an entry is a key and the token after it
+                present &= known[entries.clamp_min(0)] & known[(entries + 1).clamp_min(0)]
             oldest = max(0, start - self.length)
             products = keys[start:end] @ keys[oldest:end].T  # (n, places looked at)
             distances = -products.gather(1, (entries - oldest).clamp(min=0))

@@ -30,7 +30,7 @@ class Found(NamedTuple):
     def nothing(cls, n: int, k: int) -> Found:
         """Return n rows in which nothing was found."""
         zeros = torch.zeros((n, k), dtype=torch.long)
-        return cls(torch.full((n, k), torch.inf), zeros, zeros.bool(), zeros)
+        return cls(torch.full((n, k), torch.inf), zeros, zeros.bool(), zeros.clone())  # rows may be filled in later
 
     def nearest(self, k: int) -> Found:
         """Return the first k neighbors of every target."""

@@ -56,18 +56,19 @@ def explain(
     if length > 1:
         batches = retrieve(lm, Text(lm, document), memories, mixture.ks, wanted=wanted, **settings)
     for batch in batches:
-        mix = mixture.mix(batch.evidence)
+        evidence = batch.evidence.nearest(mixture.ks)
+        mix = mixture.mix(evidence)
         # each memory's p, (n, memories), and what all of them say together
         likelihoods = torch.stack(
             [
                 ops.knn_target_log_probs(shares, found.tokens, batch.targets).exp()
-                for shares, found in zip(mix.log_shares, batch.evidence.memories, strict=True)
+                for shares, found in zip(mix.log_shares, evidence.memories, strict=True)
             ],
             dim=1,
         )
         total = mix.weights.sum(dim=1)
         parts = mix.weights / total.clamp_min(1e-30)[:, None] if len(memories) > 1 else torch.ones_like(mix.weights)
-        mixed = mixture.target_log_probs(batch.lm_log_probs, batch.targets, batch.evidence)
+        mixed = mixture.target_log_probs(batch.lm_log_probs, batch.targets, evidence)
         shares = torch.cat([share.exp() * parts[:, [place]] for place, share in enumerate(mix.log_shares)], dim=1)
         for line, row in enumerate(batch.rows.tolist()):
             explained[row] = ExplainedToken(
@@ -77,9 +78,7 @@ def explain(
                 mixture=math.exp(mixed[line]),
                 weight=float(total[line]),
                 weights=tuple(mix.weights[line].tolist()),
-                sources=_sources(
-                    memories, batch.evidence, line, shares[line], int(batch.targets[line]), sources, tokenized
-                ),
+                sources=_sources(memories, evidence, line, shares[line], int(batch.targets[line]), sources, tokenized),
             )
     tokens_out = [token for token in explained if token is not None]
     first_scored = 1

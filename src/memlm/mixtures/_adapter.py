@@ -13,8 +13,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from .. import ops
+from ..errors import ConfigError
 from ..evidence import Evidence
-from ._features import features
+from ._features import features, names
 from ._mixture import DatastoreMixture, Mix, check_weight
 from ._network import Network
 
@@ -29,6 +30,9 @@ class AdapterMixture(DatastoreMixture):
     Attributes:
         interpolation_weight: λ₀, in (0, 1).
         network: From features to u, one row a target.
+
+    Raises:
+        ConfigError: A value is out of its range, or the network is for other features.
     """
 
     kind: ClassVar[str] = "adapter"
@@ -38,7 +42,15 @@ class AdapterMixture(DatastoreMixture):
 
     def __post_init__(self) -> None:
         check_weight(self.interpolation_weight)
+        if self.interpolation_weight in (0, 1):
+            raise ConfigError(f"interpolation weight λ₀ is {self.interpolation_weight}; expected one between 0 and 1")
         DatastoreMixture.__post_init__(self)
+        expected = len(names(self.k))
+        if (self.network.inputs, self.network.outputs) != (expected, 3):
+            raise ConfigError(
+                f"the network takes {self.network.inputs} features and says {self.network.outputs} numbers; expected "
+                f"{expected} and 3 for k {self.k}: fit it again"
+            )
 
     def weights(self, evidence: Evidence) -> Tensor:
         """See `DatastoreMixture.weights`."""

@@ -53,6 +53,7 @@ def features(found: Found, belief: Belief | None, temperature: float, k: int) ->
     of_choice = shares.exp().mul(tokens == belief.top[:, None]).sum(dim=1)
     head = slice(0, _NEAREST)
     distinct = _distinct(tokens[:, head], present[:, head])  # (n, nearest)
+    counted = [min(rank, distinct.shape[1]) - 1 for rank in _ranks(min(k, _NEAREST))[1:]]
     _, likelihoods = ops.aggregate_by_token(shares[:, head], tokens[:, head])
     likelihoods = likelihoods.exp()  # (n, nearest): of distinct values
     surprise = -(likelihoods * likelihoods.clamp_min(1e-30).log()).sum(dim=1)
@@ -61,7 +62,7 @@ def features(found: Found, belief: Belief | None, temperature: float, k: int) ->
     return torch.cat(
         [
             near,
-            distinct[:, [rank for rank in ranks[1:] if rank < _NEAREST]].float().clamp_min(1).log(),
+            distinct[:, counted].float().clamp_min(1).log(),
             torch.stack([largest, surprise, of_choice, (some + 1.0).log()], dim=1),
             torch.stack([belief.confidence, belief.entropy, (of_choice - belief.confidence.exp()).abs()], dim=1),
         ],

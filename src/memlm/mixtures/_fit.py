@@ -19,6 +19,8 @@ from ._folds import folds
 _BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _NO_DROP_OFF = 1e6  # τ / typical distance at which λ no longer falls
 _STEEPEST = 60.0  # median distance / τ, at most: λ₀ must fit into a float32
+_LARGEST_LOG = 66.0  # of λ₀, for the same reason
+_FARTHEST = 14.0  # log of τ / typical distance, in size: a step of the descent may go very far
 
 
 def gain(ratio: Tensor, weight: Tensor | float) -> Tensor:
@@ -84,8 +86,12 @@ def fit_exponential(ratio: Tensor, distances: Tensor) -> tuple[float, float]:
     middle = _typical(distances)
     start = max(best_weight(ratio), 1e-3)
 
+    def read(parameters: Tensor) -> tuple[Tensor, Tensor]:
+        inverse = parameters[1].clamp_min(-_FARTHEST).exp().clamp_max(_STEEPEST)
+        return parameters[0].clamp_min(-_LARGEST_LOG).minimum(_LARGEST_LOG - inverse).exp(), inverse
+
     def weight(parameters: Tensor) -> Tensor:
-        at_middle, inverse = parameters[0].exp(), parameters[1].exp().clamp_max(_STEEPEST)
+        at_middle, inverse = read(parameters)
         return (at_middle * torch.exp((middle - distances.double()) / middle * inverse)).clamp_max(ops.LARGEST)
 
     starts = [[np.log(start), np.log(inverse)] for inverse in (1e-6, 0.1, 0.5, 2.0)]
@@ -93,8 +99,8 @@ def fit_exponential(ratio: Tensor, distances: Tensor) -> tuple[float, float]:
     constant = best_weight(ratio)
     if value < float(gain(ratio, constant).mean()):  # no drop-off is one, too
         return max(constant, 1e-6), _NO_DROP_OFF * middle
-    inverse = min(float(best[1].exp()), _STEEPEST) / middle
-    return float(best[0].exp() * np.exp(middle * inverse)), 1 / inverse
+    at_middle, inverse = (float(value) for value in read(best))
+    return at_middle * float(np.exp(inverse)), middle / inverse
 
 
 def fit_logistic(ratio: Tensor, distances: Tensor) -> tuple[float, float, float]:
@@ -102,8 +108,13 @@ def fit_logistic(ratio: Tensor, distances: Tensor) -> tuple[float, float, float]
     middle = _typical(distances)
     start = min(max(best_weight(ratio), 0.02), 0.98)
 
+    def read(parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale = parameters[0].clamp(-_LARGEST_LOG, _LARGEST_LOG).sigmoid()
+        center = parameters[1].clamp(-20 * _NO_DROP_OFF, 20 * _NO_DROP_OFF)
+        return scale, center * middle, parameters[2].clamp(-_FARTHEST, _FARTHEST).exp() * middle
+
     def weight(parameters: Tensor) -> Tensor:
-        scale, center, length = parameters[0].sigmoid(), parameters[1] * middle, parameters[2].exp() * middle
+        scale, center, length = read(parameters)
         return ops.logistic_weight(distances.double(), scale, center, length)
 
     logit = np.log(start / (1 - start))
@@ -112,8 +123,8 @@ def fit_logistic(ratio: Tensor, distances: Tensor) -> tuple[float, float, float]
     constant = best_weight(ratio)
     if value < float(gain(ratio, constant).mean()):
         return max(constant, 1e-6), 20 * _NO_DROP_OFF * middle, _NO_DROP_OFF * middle  # σ(20) is 1 in a float32
-    scale, center, length = best[0].sigmoid(), best[1] * middle, best[2].exp() * middle
-    return float(scale), float(center), float(length)
+    scale, center, length = (float(value) for value in read(best))
+    return scale, center, length
 
 
 def _typical(distances: Tensor) -> float:

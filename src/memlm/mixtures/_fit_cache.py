@@ -15,6 +15,8 @@ from ._heldout import HeldOut
 
 _SAMPLE = 4096  # targets for the two or three numbers that are fitted by gradient
 _AGE = 500.0  # tokens, to start with
+_FARTHEST = 30.0  # log of θ and of 1 / τ, in size
+_SHORTEST = 4.0  # log of 1 / τ, at most: then only the last token is remembered
 _BLOCK = 2048
 
 
@@ -29,7 +31,7 @@ def fit_cache(held: HeldOut, *, forgets: bool) -> CacheMixture:
     sample = _sample(held)
 
     def loss(parameters: Tensor) -> Tensor:
-        weight, scale, forgetting = parameters[0].sigmoid(), parameters[1].exp(), _forgetting(parameters, 2, forgets)
+        weight, scale, forgetting = parameters[0].sigmoid(), _scale(parameters), _forgetting(parameters, forgets)
         log_p, mass = _likelihood(sample, scale, forgetting)
         weight = weight * mass.isfinite()  # an empty cache is not asked
         ratio = (log_p - sample.lm_log_probs).clamp_max(60).exp()
@@ -37,7 +39,7 @@ def fit_cache(held: HeldOut, *, forgets: bool) -> CacheMixture:
 
     start = _start_scale(sample)
     found_at = _descend(loss, [[-2.0, math.log(start * factor), -math.log(_AGE)] for factor in (0.3, 1.0)], forgets)
-    scale, forgetting = float(found_at[1].exp()), float(_forgetting(found_at, 2, forgets))
+    scale, forgetting = float(_scale(found_at)), float(_forgetting(found_at, forgets))
     ratios = []
     for start_row in range(0, len(held), _BLOCK):
         part = held.rows(torch.arange(start_row, min(start_row + _BLOCK, len(held))).numpy())
@@ -54,7 +56,7 @@ def fit_shared_cache(held: HeldOut, *, forgets: bool) -> SharedCacheMixture:
     normalizer = known_normalizer(sample.evidence.belief)
 
     def loss(parameters: Tensor) -> Tensor:
-        scale, forgetting = parameters[1].exp(), _forgetting(parameters, 2, forgets)
+        scale, forgetting = _scale(parameters), _forgetting(parameters, forgets)
         log_p, mass = _likelihood(sample, scale, forgetting)
         weight = ops.shared_softmax_weight(mass, normalizer, parameters[0])
         ratio = (log_p - sample.lm_log_probs).clamp_max(60).exp()
@@ -69,14 +71,18 @@ def fit_shared_cache(held: HeldOut, *, forgets: bool) -> SharedCacheMixture:
     found = _descend(loss, starts, forgets)
     return SharedCacheMixture(
         bias=float(found[0]),
-        scale=float(found[1].exp()),
-        forgetting=float(_forgetting(found, 2, forgets)),
+        scale=float(_scale(found)),
+        forgetting=float(_forgetting(found, forgets)),
         length=held.evidence.memories[0].tokens.shape[1],
     )
 
 
-def _forgetting(parameters: Tensor, place: int, forgets: bool) -> Tensor:
-    return parameters[place].exp() if forgets else torch.zeros(())
+def _scale(parameters: Tensor) -> Tensor:
+    return parameters[1].clamp(-_FARTHEST, _FARTHEST).exp()  # a step of the descent may go very far
+
+
+def _forgetting(parameters: Tensor, forgets: bool) -> Tensor:
+    return parameters[2].clamp(-_FARTHEST, _SHORTEST).exp() if forgets else torch.zeros(())
 
 
 def _sample(held: HeldOut) -> HeldOut:
@@ -95,29 +101,31 @@ def _likelihood(held: HeldOut, scale: Tensor | float, forgetting: Tensor | float
     """Return log p_cache of every target and the log of the cache's whole mass, −inf where it is empty."""
     found = held.evidence.memories[0]
     assert found.ages is not None
-    scores = ops.cache_scores(-found.distances, found.present, found.ages, scale, forgetting).clamp_min(-1e9)
-    right = scores.masked_fill(found.tokens != held.targets[:, None], -1e9)
+    scores = ops.cache_scores(-found.distances, found.present, found.ages, scale, forgetting)
     some = found.present.any(dim=1)
+    # relative to the largest of a row, which counts as 1 however small it is; a logsumexp over nothing has no gradient
+    largest = scores.detach().amax(dim=1).masked_fill(~some, 0.0)
+    scores = (scores - largest[:, None]).clamp_min(-1e4)
+    right = scores.masked_fill(~found.present | (found.tokens != held.targets[:, None]), -1e9)
     mass = scores.logsumexp(dim=1)
-    return right.logsumexp(dim=1) - mass, mass.masked_fill(~some, -torch.inf)
+    return right.logsumexp(dim=1) - mass, (mass + largest).masked_fill(~some, -torch.inf)
 
 
 def _descend(loss: Callable[[Tensor], Tensor], starts: list[list[float]], forgets: bool) -> Tensor:
-    """Return the parameters, of those reached from several starts by L-BFGS, with the least loss."""
-    reached = []
+    """Return the parameters, of those seen by L-BFGS from several starts, with the least loss."""
+    best, best_value = torch.tensor(starts[0]), math.inf
     for start in starts:
         parameters = torch.tensor(start, requires_grad=True)
         optimizer = torch.optim.LBFGS([parameters], max_iter=30, line_search_fn="strong_wolfe")
 
         def closure(parameters: Tensor = parameters, optimizer: torch.optim.LBFGS = optimizer) -> Tensor:
+            nonlocal best, best_value
             optimizer.zero_grad()
             value = loss(parameters)
             value.backward()
+            if float(value.detach()) < best_value:  # never where it is not a number
+                best, best_value = parameters.detach().clone(), float(value.detach())
             return value
 
         optimizer.step(closure)
-        with torch.no_grad():
-            value = float(loss(parameters))
-        if math.isfinite(value):
-            reached.append((value, parameters.detach()))
-    return min(reached, key=lambda item: item[0])[1]
+    return best

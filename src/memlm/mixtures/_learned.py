@@ -30,6 +30,9 @@ class LearnedMixture(DatastoreMixture):
         statistics: log(1 + frequency) and log(1 + fertility) of every token in the datastore, float32, shape
             (vocabulary, 2); see `Datastore.statistics`.
         threshold: λ below which the search is skipped, in [0, 1]; 0 always searches.
+
+    Raises:
+        ConfigError: A value is out of its range, or a table or the network is damaged.
     """
 
     kind: ClassVar[str] = "learned"
@@ -40,8 +43,12 @@ class LearnedMixture(DatastoreMixture):
 
     def __post_init__(self) -> None:
         check_weight(self.threshold)
-        if self.statistics.ndim != 2 or self.statistics.shape[1] != 2 or not bool(self.statistics.isfinite().all()):
+        table = self.statistics
+        sound = table.ndim == 2 and table.shape[1] == 2 and len(table) > 0 and table.dtype == torch.float32
+        if not sound or not bool(table.isfinite().all()):
             raise ConfigError("the token statistics of this mixture are damaged; fit it again")
+        if self.network.outputs != 1:
+            raise ConfigError(f"the network says {self.network.outputs} numbers; expected 1, λ: fit it again")
         DatastoreMixture.__post_init__(self)
 
     @property

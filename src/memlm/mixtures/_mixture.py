@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from ..evidence import Belief, Evidence, Found
 from ..files import write_atomically, write_json
 from ._network import Network
 
+TENSORS_SUFFIX = ".safetensors"  # of the file beside a mixture's JSON
 _LARGEST_NUMBER = 1e30
 
 
@@ -91,6 +93,7 @@ class Mixture(ABC):
 
     def _as_one(self, evidence: Evidence) -> tuple[Tensor, Tensor, Tensor]:
         """Return all memories as if they were one: tokens and log shares (n, Σk), and its weight (n,)."""
+        evidence = evidence.nearest(self.ks)  # a cache returns all that it remembers
         weights, log_shares = self.mix(evidence)
         total = weights.sum(dim=1)
         if len(log_shares) == 1:
@@ -101,7 +104,12 @@ class Mixture(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values; of networks and tables only the size."""
-        return _plain(self, {}, "")
+        return self.parts()[0]
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the settings as plain values, and the tensors of networks and tables by name."""
+        tensors: dict[str, Tensor] = {}
+        return _plain(self, tensors, ""), tensors
 
     def save(self, path: str | Path, datastores: Sequence[str] = ()) -> None:
         """Write the settings to `path` as JSON, and networks and tables, if any, beside it as .safetensors.
@@ -109,13 +117,20 @@ class Mixture(ABC):
         Args:
             path: Of the JSON file.
             datastores: `Manifest.content_sha256` of the datastores that it was fitted with, for the record.
+
+        Raises:
+            ConfigError: The path is that of the tensors.
         """
-        path, tensors = Path(path), dict[str, Tensor]()
-        values = _plain(self, tensors, "")
+        path = Path(path)
+        if path.suffix == TENSORS_SUFFIX:
+            raise ConfigError(f"{path} would be the place of the tensors; expected another suffix, such as .json")
+        values, tensors = self.parts()
+        record: dict[str, Any] = {"fitted_with": list(datastores)}
         if tensors:
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            write_atomically(path.with_suffix(".safetensors"), save(contiguous))
-        write_json(path, {**values, "fitted_with": list(datastores)})
+            content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+            write_atomically(path.with_suffix(TENSORS_SUFFIX), content)
+            record["tensors_sha256"] = hashlib.sha256(content).hexdigest()  # the two files are not written in one step
+        write_json(path, {**values, **record})
 
 
 @dataclass(frozen=True, kw_only=True)

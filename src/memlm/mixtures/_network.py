@@ -19,17 +19,17 @@ class Network:
         layers: Weight (outputs, inputs) and bias (outputs,) of each layer in turn.
 
     Raises:
-        ConfigError: Shapes do not fit one another, or a number is not finite.
+        ConfigError: Shapes do not fit one another, or a tensor is not float32, or a number is not finite.
     """
 
     def __init__(self, mean: Tensor, scale: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
         width = len(mean)
         sound = mean.ndim == 1 and mean.shape == scale.shape and bool((scale > 0).all()) and bool(layers)
         for weight, bias in layers:
-            sound = sound and weight.ndim == 2 and tuple(weight.shape) == (len(bias), width)
+            sound = sound and bias.ndim == 1 and tuple(weight.shape) == (len(bias), width)
             width = len(bias)
         tensors = [mean, scale, *(part for layer in layers for part in layer)]
-        if not sound or not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        if not sound or not all(part.dtype == torch.float32 and bool(part.isfinite().all()) for part in tensors):
             raise ConfigError("the network of this mixture is damaged: its layers do not fit; fit it again")
         self.mean, self.scale, self.layers = mean, scale, tuple((weight, bias) for weight, bias in layers)
 
@@ -37,6 +37,11 @@ class Network:
     def parameters(self) -> int:
         """Numbers that were fitted."""
         return sum(part.numel() for layer in self.layers for part in layer)
+
+    @property
+    def inputs(self) -> int:
+        """Features that it expects."""
+        return len(self.mean)
 
     @property
     def outputs(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -18,7 +19,7 @@ from ._cache import CacheMixture, SharedCacheMixture
 from ._fixed import KnnMixture
 from ._gate import GateMixture
 from ._learned import LearnedMixture
-from ._mixture import Mixture
+from ._mixture import TENSORS_SUFFIX, Mixture
 from ._network import Network
 
 KINDS: dict[str, type[Mixture]] = {
@@ -50,19 +51,32 @@ def load_mixture(path: str | Path) -> Mixture:
         raise ConfigError(f"{path} does not exist; `memlm tune … --save {path}` makes one") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}; expected a saved mixture") from error
+    digest = None
     if isinstance(values, dict):
         values.pop("fitted_with", None)
-    beside = path.with_suffix(".safetensors")
-    tensors: dict[str, Tensor] = {}
-    if beside.exists():
-        try:
-            tensors = load_file(beside)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{beside} cannot be read: {error}; save the mixture again") from error
+        digest = values.pop("tensors_sha256", None)
+    tensors = _tensors_of(path, digest) if digest is not None else {}
     try:
-        return _filled(values, tensors, path)
+        mixture = _filled(values, tensors, path)
     except (TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{path} holds a value of the wrong type: {error}; save the mixture again") from error
+    surplus = set(tensors) - set(mixture.parts()[1])
+    if surplus:
+        beside = path.with_suffix(TENSORS_SUFFIX)
+        raise ConfigError(f"{beside} holds more than {path} names: {sorted(surplus)}; save the mixture again")
+    return mixture
+
+
+def _tensors_of(path: Path, digest: Any) -> dict[str, Tensor]:
+    """Read the tensors beside a mixture's JSON, if they are those that were saved with it."""
+    beside = path.with_suffix(TENSORS_SUFFIX)
+    try:
+        content = beside.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ConfigError(f"{beside} is damaged, or was not saved together with {path}; save the mixture again")
+        return load(content)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{beside} cannot be read: {error}; save the mixture again") from error
 
 
 def _filled(values: Any, tensors: dict[str, Tensor], path: Path) -> Mixture:
@@ -87,7 +101,7 @@ def _value(value: Any, tensors: dict[str, Tensor], path: Path) -> Any:
         try:
             return tensors[value["tensor"]]
         except KeyError as error:
-            raise ConfigError(f"{path.with_suffix('.safetensors')} lacks {error}; save the mixture again") from error
+            raise ConfigError(f"{path.with_suffix(TENSORS_SUFFIX)} lacks {error}; save the mixture again") from error
     prefix = value.get("tensors")
     if not isinstance(prefix, str):
         raise ConfigError(f"{path} holds {value}, which is no part of a mixture; save the mixture again")

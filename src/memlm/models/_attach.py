@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -121,6 +122,7 @@ def _mix(
     mixture: Mixture,
 ) -> Any:
     """Forward hook of the top-level model: put the mixture in the place of the logits."""
+    kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
     as_tuple = isinstance(output, tuple)
     labels = kwargs.get("labels")
     # in a tuple the logits come after the losses, which are single numbers

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache as AnyCache
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..cache import Cache
@@ -59,8 +60,10 @@ def past_of(output: Any, kwargs: dict[str, Any], tokens: Tensor, keys: Tensor) -
         ModelError: The model's cache is of a kind that cannot carry keys, or was filled outside the block.
     """
     cache = kwargs.get("past_key_values")
-    if cache is None:
-        cache = output[1] if isinstance(output, tuple) and len(output) > 1 else getattr(output, "past_key_values", None)
+    if cache is None and isinstance(output, tuple):
+        cache = next((item for item in output if isinstance(item, AnyCache)), None)
+    elif cache is None:
+        cache = getattr(output, "past_key_values", None)
     before = 0
     tokens = tokens.to(keys.device)
     width = tokens.shape[1]
@@ -77,7 +80,7 @@ def past_of(output: Any, kwargs: dict[str, Any], tokens: Tensor, keys: Tensor) -
             )
         whole, ids = layer.update(keys[:, None].float(), tokens[:, None, :, None].float())
         keys, tokens = whole[:, 0], ids[:, 0, :, 0].long()
-    elif cache is not None and not isinstance(cache, tuple | Tensor):
+    elif cache is not None:
         raise ModelError(
             f"a memory of the recent past cannot travel in a {type(cache).__name__}; use the default cache, or "
             "use_cache=False"

@@ -32,7 +32,8 @@ def adapted_log_weights(
     """
     distances = distances.masked_fill(~present, torch.inf)
     nearest = distances.amin(dim=-1, keepdim=True)
-    beyond = ((distances - nearest) / temperature).masked_fill(~present, 0.0)  # (n, k)
+    # cut off, so that a small temperature cannot make a score ∞ − ∞
+    beyond = ((distances - nearest) / temperature).masked_fill(~present, 0.0).clamp_max(1e30)  # (n, k)
     scores = -sharpness[:, None] * beyond - tail[:, None] * beyond.log1p()
     some = present.any(dim=-1, keepdim=True)
     scores = scores.masked_fill(~present & some, -torch.inf)  # a softmax over nothing would be NaN
