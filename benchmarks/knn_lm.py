@@ -122,10 +122,10 @@ def unigram(values: np.ndarray, vocab_size: int, valid: Retrieved, test: Retriev
     return math.exp(-float((test.lm_log_probs.double() + torch.log1p(weight * (ratios[1] - 1))).mean()))
 
 
-def cut_documents(lm: Any, documents: list[memlm.Document]) -> list[memlm.Document]:
+def cut_documents(lm: Any, documents: list[memlm.Document], entries: int = ENTRIES) -> list[memlm.Document]:
     """Take documents in a seeded order until there are enough tokens; cut the last one."""
     chosen: list[memlm.Document] = []
-    room = ENTRIES
+    room = entries
     for number in np.random.default_rng(0).permutation(len(documents)):
         tokenized = lm.tokenize(documents[number])
         if len(tokenized.ids) > room:
@@ -136,7 +136,7 @@ def cut_documents(lm: Any, documents: list[memlm.Document]) -> list[memlm.Docume
     return chosen
 
 
-def pieces(path: Path) -> list[memlm.Document]:
+def pieces(path: Path, size: int = PIECE) -> list[memlm.Document]:
     """Cut held-out text at line ends into contiguous pieces, one a document in turn, starting at seeded places."""
     generator = np.random.default_rng(0)
     documents = list(memlm.Corpus(path))
@@ -145,12 +145,12 @@ def pieces(path: Path) -> list[memlm.Document]:
     for turn in range(64):
         for number in generator.permutation(len(documents)):
             text = documents[number].text
-            place = int(generator.integers(max(1, -(-len(text) // PIECE))))
+            place = int(generator.integers(max(1, -(-len(text) // size))))
             if (number, place) in taken:
                 continue
             taken.add((number, place))
-            start = text.rfind("\n", 0, place * PIECE) + 1
-            stop = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+            start = text.rfind("\n", 0, place * size) + 1
+            stop = text.rfind("\n", start, start + size) + 1 or start + size
             if text[start:stop].strip():
                 chosen.append(memlm.Document(id=f"{documents[number].id}@{start}", text=text[start:stop]))
         if len(chosen) > 60 or turn == 63:
