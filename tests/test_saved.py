@@ -42,7 +42,7 @@ def with_cache():
 
 
 LINEAR = CacheMixture(interpolation_weight=0.3, scale=0.5, forgetting=0.1, length=K)
-OVER_TWO = gate((adapter(), LINEAR), evidence(2)[1])
+OVER_THREE = gate((adapter(seed=0), adapter(seed=1), LINEAR), evidence(3)[1])
 NESTED = gate((gate((learned(threshold=0.4),), evidence()[1], seed=3), LINEAR), evidence(2)[1], seed=4)
 MIXTURES = {
     **{kind: (mixture, evidence()) for kind, mixture in CURVES.items()},
@@ -51,7 +51,7 @@ MIXTURES = {
     "learned": (learned(threshold=0.4), evidence()),
     "cache": (LINEAR, with_cache()),
     "shared-cache": (SharedCacheMixture(bias=-1.0, scale=0.5, length=K), with_cache()),
-    "gate": (OVER_TWO, evidence(2)),
+    "gate": (OVER_THREE, evidence(3)),
     "nested gate": (NESTED, evidence(2)),
 }
 NETWORKS = ("adapter", "learned", "gate", "nested gate")
