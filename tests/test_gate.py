@@ -165,7 +165,7 @@ def test_weights_and_sources_of_every_memory_are_reported(several):
         assert past[place - 1] in read or not place, "the most recent one weighs something"
     agreeing = tokens[-1].support
     assert agreeing["this text"] > 0
-    assert explanation.settings["k"] == "9 + 5 + 30"
+    assert explanation.settings["mixture"] == mixture.describe()
     assert "the last 40 tokens" in str(explanation.settings["memory"])
 
 

@@ -32,6 +32,13 @@ class Found(NamedTuple):
         zeros = torch.zeros((n, k), dtype=torch.long)
         return cls(torch.full((n, k), torch.inf), zeros, zeros.bool(), zeros.clone())  # rows may be filled in later
 
+    def among(self, wanted: Tensor) -> Found:
+        """Return as many rows as `wanted` (bool) has: these where it is True, in order, and nothing elsewhere."""
+        whole = Found.nothing(len(wanted), self.tokens.shape[1])
+        for place, part in zip(whole[:4], self[:4], strict=True):
+            place[wanted] = part
+        return whole
+
     def nearest(self, k: int) -> Found:
         """Return the first k neighbors of every target."""
         ages = None if self.ages is None else self.ages[:, :k]
@@ -74,7 +81,7 @@ class Evidence(NamedTuple):
     memories: tuple[Found, ...]
     belief: Belief | None = None
 
-    def rows(self, rows: Tensor) -> Evidence:
+    def rows(self, rows: Tensor | slice) -> Evidence:
         """Return some targets: a mask, numbers, or a slice."""
         return _each([self], lambda parts: parts[0][rows])
 

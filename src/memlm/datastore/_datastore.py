@@ -213,16 +213,16 @@ class Datastore:
         return Found(distances, torch.from_numpy(tokens), present, torch.from_numpy(found.entries))
 
     def statistics(self) -> Tensor:
-        """Return log(1 + occurrences) and log(1 + different successors) of every token within the stored documents.
+        """Return log(1 + successors) and log(1 + different successors) of every token within the stored documents.
+
+        The last token of a document has no successor.
 
         Returns:
             float32, shape (vocabulary, 2).
         """
         size = self.manifest.tokenizer["vocab_size"]
-        inside = np.ones(len(self), bool)
-        inside[[first for first, stop in self.entry_ranges() if first < stop]] = False  # no token stored before it
-        places = np.flatnonzero(inside)
-        before, after = self.values[places - 1].astype(np.int64), self.values[places].astype(np.int64)
+        places = np.flatnonzero(~self.last_of_document)
+        before, after = self.values[places].astype(np.int64), self.values[places + 1].astype(np.int64)
         pairs = np.unique(before * size + after)
         counts = np.stack([np.bincount(before, minlength=size), np.bincount(pairs // size, minlength=size)], axis=1)
         return torch.from_numpy(np.log1p(counts).astype(np.float32))

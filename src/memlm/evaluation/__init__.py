@@ -1,7 +1,7 @@
 """Evaluation: perplexity, tuning, explanation, overlap."""
 
-from ._compare import Comparison as Comparison
 from ._compare import compare as compare
+from ._comparison import Comparison as Comparison
 from ._evaluate import Evaluation as Evaluation
 from ._evaluate import Result as Result
 from ._evaluate import evaluate as evaluate

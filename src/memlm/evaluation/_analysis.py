@@ -77,8 +77,7 @@ def overlaps(memory: Datastore, text: Text, entries: npt.NDArray[np.int64]) -> n
     Returns:
         Int64, shape (n,), at most 8; a document's beginning ends the count on either side.
     """
-    first = np.zeros(len(memory), bool)
-    first[[start for start, stop in memory.entry_ranges() if start < stop]] = True
+    first = np.append(True, memory.last_of_document[:-1])
     ids = np.concatenate(text.ids)
     lengths = np.array([len(document) for document in text.ids])
     starts = np.cumsum(lengths) - lengths
@@ -118,7 +117,7 @@ def _curves(held: HeldOut, fitted: dict[str, Fitted], results: dict[str, Judged]
         if isinstance(mixture, BucketMixture | ExponentialMixture | LogisticMixture):
             curves[name] = mixture.weights(one).tolist()
     result = results["knn-lm"]
-    ratio = (result.likelihoods[:, 0] / held.lm_log_probs.double().exp().clamp_min(1e-300)).clamp_max(1e30)[some]
+    ratio = held.ratio(result.likelihoods[:, 0])[some]
     tenths = distances.argsort().tensor_split(2 * _BINS)
     curves["middle"] = [float(distances[rows].median()) for rows in tenths if len(rows)]
     curves["best λ"] = [best_weight(ratio[rows]) for rows in tenths if len(rows)]
@@ -129,7 +128,7 @@ def _reliability(held: HeldOut, result: Judged) -> list[dict[str, float]]:
     weights = result.weights[:, 0]
     if len(weights[weights > 0].unique()) < 2:
         return []
-    ratio = (result.likelihoods[:, 0] / held.lm_log_probs.double().exp().clamp_min(1e-300)).clamp_max(1e30)
+    ratio = held.ratio(result.likelihoods[:, 0])
     return [
         {"mean": float(weights[rows].mean()), "best": best_weight(ratio[rows]), "tokens": len(rows)}
         for rows in weights.argsort().tensor_split(_BINS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,11 @@ class Interval(NamedTuple):
     low: float
     high: float
     unit: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; None, which JSON has, in the place of an infinite bound."""
+        values = self._asdict()
+        return {name: value if name == "unit" or np.isfinite(value) else None for name, value in values.items()}
 
     def __str__(self) -> str:
         if self.high == np.inf:

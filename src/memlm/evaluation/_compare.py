@@ -6,38 +6,33 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..cache import Cache
 from ..datastore import Datastore
-from ..errors import ConfigError
-from ..files import write_atomically, write_json
 from ..mixtures import (
-    FITTED,
     HeldOut,
     KnnMixture,
     LearnedMixture,
     Mixture,
-    fit,
     fit_cache,
     fit_gate,
     fit_shared_cache,
+    fits_of,
+    memory_likelihoods,
     skipping_curve,
 )
 from ..models import LanguageModel
-from ._analysis import Analysis, analyze
-from ._bootstrap import Interval, paired_bootstrap, units
+from ._analysis import analyze
+from ._bootstrap import paired_bootstrap, units
+from ._comparison import Comparison, Row
 from ._evaluate import evaluate
 from ._retrieval import Retrieved, Text, gather, retrieve
 from ._tune import tune_cached
 
-_BLOCK = 2048
 _THRESHOLD = 0.01  # a change of the probability by so much, relatively, counts as help or harm
 
 
@@ -63,99 +58,6 @@ class Judged(NamedTuple):
     likelihoods: Tensor
     log_probs: Tensor
     seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One method.
-
-    Attributes:
-        method: Its name.
-        settings: What was fitted, in words.
-        perplexity: Per token.
-        over_fixed: Nats a token that it gains over the tuned fixed λ.
-        over_cache: Nats a token that it gains over the better of the tuned caches.
-        helped: Share of tokens that it makes more likely by over 1 % than the model alone.
-        hurt: Share that it makes less likely by over 1 %.
-        searched: Share of tokens for which the datastore was searched.
-        tokens_per_second: Model, search and mixing.
-        fit_seconds: Time that fitting took; of what is fitted before it, none.
-        parameters: Numbers fitted by gradient in a network; 0 where there is none.
-        shuffled: Perplexity when the weights go to other tokens; None where they are the same for all.
-    """
-
-    method: str
-    settings: str
-    perplexity: float
-    over_fixed: Interval
-    over_cache: Interval
-    helped: float
-    hurt: float
-    searched: float
-    tokens_per_second: float
-    fit_seconds: float
-    parameters: int
-    shuffled: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """The table, and what explains it.
-
-    Attributes:
-        rows: The model alone first.
-        tokens: Targets of the test text.
-        valid_tokens: Targets of the held-out text that everything was fitted to.
-        unit: What was resampled for the intervals, and held together in cross-validation.
-        skipping: Perplexity of the learned weight against the share of searches skipped.
-        analysis: λ against distance, gain by frequency and overlap, reliability of λ.
-        settings: Memory and windows.
-        mixtures: Every fitted mixture, by method.
-    """
-
-    rows: tuple[Row, ...]
-    tokens: int
-    valid_tokens: int
-    unit: str
-    skipping: list[dict[str, float]]
-    analysis: Analysis
-    settings: dict[str, Any]
-    mixtures: dict[str, Mixture]
-
-    def row(self, method: str) -> Row:
-        """Return the row of a method."""
-        return next(row for row in self.rows if row.method == method)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the networks as plain values."""
-        return {
-            "rows": [dataclasses.asdict(row) | _intervals(row) for row in self.rows],
-            "tokens": self.tokens,
-            "valid_tokens": self.valid_tokens,
-            "unit": self.unit,
-            "skipping": self.skipping,
-            "analysis": self.analysis.to_dict(),
-            "settings": self.settings,
-            "mixtures": {name: mixture.to_dict() for name, mixture in self.mixtures.items()},
-        }
-
-    def save(self, path: str | Path) -> None:
-        """Write the comparison, in one step: .json (everything), .md (the table) or .html (the table and plots)."""
-        from ._comparison_page import markdown, page
-
-        path = Path(path)
-        match path.suffix.lower():
-            case ".json":
-                write_json(path, self.to_dict())
-            case ".md":
-                write_atomically(path, markdown(self))
-            case ".html" | ".htm":
-                write_atomically(path, page(self))
-            case _:
-                raise ConfigError(f"{path} ends in {path.suffix!r}; expected .json, .md or .html")
-
-    def __str__(self) -> str:
-        return "\n".join([*table(self), f"{self.tokens:,} test tokens; 95 % intervals over {self.unit}"])
 
 
 def compare(
@@ -278,9 +180,10 @@ def fit_all(held: HeldOut, found: Retrieved, text: Text) -> dict[str, Fitted]:
     one = dataclasses.replace(found, evidence=stored.evidence)
     base = add("knn-lm", (0,), lambda: tune_cached(one, text.document_of_target).best)
     assert isinstance(base, KnnMixture)
-    for kind in FITTED:
+    fits = fits_of(stored, base)
+    for kind in fits:
         if kind != "knn":
-            add(kind, (0,), lambda kind=kind: fit(kind, stored, base))  # type: ignore[misc]
+            add(kind, (0,), fits[kind])
     adapter = result["adapter"].mixture
     add("knn-lm + cache", (0, 1), lambda: fit_gate(held, (base, best_cache)))
     add("adapter + cache", (0, 1), lambda: fit_gate(held, (adapter, best_cache)))
@@ -295,16 +198,11 @@ def judge(fitted: Fitted, held: HeldOut) -> Judged:
     """Let a mixture look at every target."""
     started = time.perf_counter()
     evidence = held.evidence._replace(memories=tuple(held.evidence.memories[place] for place in fitted.memories))
-    evidence = evidence.nearest(fitted.mixture.ks)
     weights, likelihoods = [], []
-    for start in range(0, len(held), _BLOCK):
-        rows = torch.arange(start, min(start + _BLOCK, len(held)))
-        part = evidence.rows(rows)
-        mix = fitted.mixture.mix(part)
-        pairs = zip(mix.log_shares, part.memories, strict=True)
-        columns = [ops.knn_target_log_probs(share, found.tokens, held.targets[rows]) for share, found in pairs]
+    for part in dataclasses.replace(held, evidence=evidence).blocks(fitted.mixture.ks):
+        mix = fitted.mixture.mix(part.evidence)
         weights.append(mix.weights.double())
-        likelihoods.append(torch.stack(columns, dim=1).double().exp())
+        likelihoods.append(memory_likelihoods(mix.log_shares, part.evidence, part.targets).double())
     result = torch.cat(weights), torch.cat(likelihoods)
     return Judged(*result, mixed(*result, held.lm_log_probs), time.perf_counter() - started)
 
@@ -361,48 +259,3 @@ def _parameters(mixture: Mixture) -> int:
     return (network.parameters if network is not None else 0) + sum(
         _parameters(member) for member in getattr(mixture, "members", ())
     )
-
-
-def _intervals(row: Row) -> dict[str, Any]:
-    def plain(interval: Interval) -> dict[str, Any]:
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in interval._asdict().items()
-        }
-
-    return {"over_fixed": plain(row.over_fixed), "over_cache": plain(row.over_cache)}
-
-
-def table(comparison: Comparison) -> list[str]:
-    """Return the table in lines, for a terminal."""
-    fixed, alone = comparison.row("knn-lm").perplexity, comparison.row("lm").perplexity
-    lines = [
-        f"{'method':<22}{'perplexity':>11}{'to fixed λ':>12}{'95 % interval':>22}{'to LM':>9}{'helped':>8}{'hurt':>6}"
-        f"{'searched':>10}{'tokens/s':>10}{'shuffled':>10}"
-    ]
-    for row in comparison.rows:
-        low, high = (_percent(-value) for value in (row.over_fixed.high, row.over_fixed.low))
-        interval = "" if row.method == "knn-lm" else f"{low} to {high}"
-        to_fixed, to_lm = (_percent(math.log(row.perplexity / other)) for other in (fixed, alone))
-        shuffled = "" if row.shuffled is None else f"{row.shuffled:,.2f}"
-        lines.append(
-            f"{row.method:<22}{row.perplexity:>11,.2f}{to_fixed:>12}{interval:>22}{to_lm:>9}"
-            f"{row.helped:>8.0%}{row.hurt:>6.0%}"
-            f"{row.searched:>10.0%}{row.tokens_per_second:>10,.0f}{shuffled:>10}"
-        )
-    return lines
-
-
-def _percent(nats: float) -> str:
-    """Return a change of log perplexity as a change of perplexity in percent."""
-    return "?" if not math.isfinite(nats) else f"{100 * math.expm1(min(nats, 50.0)):+.1f}%"
-
-
-def percentages(row: Row) -> tuple[str, str]:
-    """Return the gain over fixed λ as a change of perplexity with its interval, and that over the cache."""
-
-    def text(interval: Interval) -> str:
-        mean, low, high = (_percent(-value) for value in (interval.mean, interval.high, interval.low))
-        return f"{mean} ({low} to {high})"
-
-    return text(row.over_fixed), text(row.over_cache)

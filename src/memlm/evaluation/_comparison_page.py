@@ -7,7 +7,7 @@ import html
 import io
 from typing import Any
 
-from ._compare import Comparison, Row, percentages
+from ._comparison import Comparison, Row, percentages
 from ._report_style import STYLE
 
 _HEADER = (

@@ -106,7 +106,7 @@ class Evaluation:
         """Return the table, the gain and the settings as plain values."""
         return {
             "results": [result.to_dict() for result in self.results],
-            "gain": _finite(self.gain._asdict()),
+            "gain": self.gain.to_dict(),
             "helped": self.helped,
             "hurt": self.hurt,
             "settings": self.settings,

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import ops
 from ..documents import Document
 from ..evidence import Evidence
-from ..mixtures import Mixture
+from ..mixtures import Mixture, memory_likelihoods
 from ..models import Scorer
 from ._explanation import ExplainedToken, Explanation, Source
 from ._retrieval import Memory, Retrieved, Text, as_memories, datastore_of, retrieve
@@ -59,13 +58,7 @@ def explain(
         evidence = batch.evidence.nearest(mixture.ks)
         mix = mixture.mix(evidence)
         # each memory's p, (n, memories), and what all of them say together
-        likelihoods = torch.stack(
-            [
-                ops.knn_target_log_probs(shares, found.tokens, batch.targets).exp()
-                for shares, found in zip(mix.log_shares, evidence.memories, strict=True)
-            ],
-            dim=1,
-        )
+        likelihoods = memory_likelihoods(mix.log_shares, evidence, batch.targets)
         total = mix.weights.sum(dim=1)
         parts = mix.weights / total.clamp_min(1e-30)[:, None] if len(memories) > 1 else torch.ones_like(mix.weights)
         mixed = mixture.target_log_probs(batch.lm_log_probs, batch.targets, evidence)
@@ -95,7 +88,6 @@ def explain(
     shown: dict[str, Any] = {
         "model": lm.name,
         "mixture": mixture.describe(),
-        "k": " + ".join(f"{k:,}" for k in mixture.ks),
         "memory": " + ".join(_describe(item) for item in memories),
     }
     return Explanation(tuple(tokens_out), title or "Explained text", start, shown)

@@ -233,12 +233,10 @@ def _lookup(memory: Datastore, keys: Tensor, k: int, exclude: np.ndarray | None,
     """Search a datastore for those targets that ask for it."""
     if asked is None:
         return memory.lookup(keys.numpy(), k, exclude)
-    result = Found.nothing(len(keys), k)
-    if asked.any():
-        found = memory.lookup(keys[asked].numpy(), k, None if exclude is None else exclude[asked.numpy()])
-        for whole, part in zip(result[:4], found[:4], strict=True):
-            whole[asked] = part
-    return result
+    exclude = None if exclude is None else exclude[asked.numpy()]
+    if not asked.any():
+        return Found.nothing(len(keys), k)
+    return memory.lookup(keys[asked].numpy(), k, exclude).among(asked)
 
 
 def _recall(cache: Cache, keys: Tensor, documents: list[np.ndarray], rows: Tensor) -> Found:

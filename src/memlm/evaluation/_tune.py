@@ -55,7 +55,7 @@ class Tuning:
             **values,
             "mixture": self.mixture.to_dict(),
             "best": self.best.to_dict(),
-            "gain": {**self.gain._asdict(), "low": _finite(self.gain.low), "high": _finite(self.gain.high)},
+            "gain": self.gain.to_dict(),
         }
 
     def verdict(self) -> str:
@@ -188,7 +188,3 @@ def _try(cached: Retrieved, lm: Tensor, ks: list[int], temperature: float) -> li
         nats = -float((lm + torch.log1p(weight * (ratio - 1))).mean())
         rows.append({"k": k, "temperature": temperature, "interpolation_weight": weight, "nats": nats})
     return rows
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

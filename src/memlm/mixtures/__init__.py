@@ -9,6 +9,7 @@ from ._cache import SharedCacheMixture as SharedCacheMixture
 from ._families import KINDS as FITTED
 from ._families import choose as choose
 from ._families import fit as fit
+from ._families import fits_of as fits_of
 from ._fit import best_weight as best_weight
 from ._fit_cache import fit_cache as fit_cache
 from ._fit_cache import fit_shared_cache as fit_shared_cache
@@ -20,6 +21,7 @@ from ._heldout import HeldOut as HeldOut
 from ._learned import LearnedMixture as LearnedMixture
 from ._mixture import DatastoreMixture as DatastoreMixture
 from ._mixture import Mixture as Mixture
+from ._mixture import memory_likelihoods as memory_likelihoods
 from ._saved import load_mixture as load_mixture
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "fit_cache",
     "fit_gate",
     "fit_shared_cache",
+    "fits_of",
     "load_mixture",
+    "memory_likelihoods",
     "skipping_curve",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,7 +32,7 @@ class _CacheMixture(Mixture):
         for name in ("scale", "forgetting"):
             value = getattr(self, name)
             check_number(name, value)
-            if not (value >= 0 and math.isfinite(value)):
+            if value < 0:
                 raise ConfigError(f"{name} is {value}; expected a number of at least 0; `memlm compare` finds one")
         check_count("length", self.length)
 
@@ -99,8 +98,6 @@ class SharedCacheMixture(_CacheMixture):
 
     def __post_init__(self) -> None:
         check_number("bias", self.bias)
-        if not math.isfinite(self.bias):
-            raise ConfigError(f"bias is {self.bias}; expected a finite number")
         _CacheMixture.__post_init__(self)
 
     def mix(self, evidence: Evidence) -> Mix:

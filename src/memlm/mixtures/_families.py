@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,8 +95,7 @@ def prepare(held: HeldOut, base: KnnMixture) -> Prepared:
     ratios = {}
     for factor in _TEMPERATURES:
         memory = memory_probabilities(part, held.targets, [part.tokens.shape[1]], base.temperature * factor)[:, 0]
-        ratio = memory / held.lm_log_probs.double().exp().clamp_min(1e-300)
-        ratios[base.temperature * factor] = ratio.clamp_max(1e30)[some]
+        ratios[base.temperature * factor] = held.ratio(memory)[some]
     return Prepared(nearest(part)[some], ratios, held.groups[some.numpy()], base.k)
 
 
@@ -109,23 +109,31 @@ def fit_curve(kind: str, prepared: Prepared) -> DatastoreMixture:
     return max(fitted, key=lambda item: item[0])[1]
 
 
+def fits_of(held: HeldOut, base: KnnMixture) -> dict[str, Callable[[], DatastoreMixture]]:
+    """Return how to fit each of `KINDS`; what the curves share is computed once, at the first."""
+    prepared = cache(lambda: prepare(held, base))
+    if not bool(held.evidence.memories[0].present.any()):
+        return {kind: lambda: base for kind in KINDS}
+    curves = {kind: (lambda kind=kind: fit_curve(kind, prepared())) for kind in CURVES}
+    return curves | {kind: partial(fit_network, held, base) for kind, fit_network in NETWORKS.items()}
+
+
 def fit(kind: str, held: HeldOut, base: KnnMixture) -> DatastoreMixture:
     """Fit one kind of mixture for one datastore, one of `KINDS`, around the best fixed one.
 
     Where no target has a neighbor, the fixed one is returned.
     """
-    if not bool(held.evidence.memories[0].present.any()):
-        return base
-    return fit_curve(kind, prepare(held, base)) if kind in CURVES else NETWORKS[kind](held, base)
+    return fits_of(held, base)[kind]()
 
 
 def choose(held: HeldOut, base: KnnMixture) -> str:
-    """Return the kind with the best likelihood in cross-validation over the groups; "knn" for a single group."""
+    """Return the kind with the best likelihood in cross-validation over the groups, one of those that can be fitted."""
     if not bool(held.evidence.memories[0].present.any()):
         return "knn"
-    known = {"learned": held.statistics is not None, "adapter": True}
-    kinds = [*CURVES, *(kind for kind in NETWORKS if held.evidence.belief is not None and known[kind])]
-    totals = dict.fromkeys(kinds, 0.0)
+    networks = dict(NETWORKS) if held.evidence.belief is not None else {}
+    if held.statistics is None:
+        networks.pop("learned", None)
+    totals = dict.fromkeys([*CURVES, *networks], 0.0)
     prepared = prepare(held, base)
     some = held.evidence.memories[0].present.any(dim=1).numpy()
     for fitted, judged in folds(held.groups):
@@ -133,7 +141,8 @@ def choose(held: HeldOut, base: KnnMixture) -> str:
             mixture = fit_curve(kind, prepared.rows(fitted[some]))
             totals[kind] += float(prepared.rows(judged[some]).gains(mixture).sum())
         test = held.rows(judged)
-        for kind in kinds[len(CURVES) :]:
-            mixture = NETWORKS[kind](held.rows(fitted), base)
+        rest = held.rows(fitted)
+        for kind, fit_network in networks.items():
+            mixture = fit_network(rest, base)
             totals[kind] += float((test.log_probs(mixture) - test.lm_log_probs).sum())
     return max(totals, key=lambda kind: totals[kind])

@@ -12,7 +12,6 @@ from ..errors import ConfigError
 from ..evidence import Belief, Found
 
 _NEAREST = 64  # neighbors whose values are compared with each other
-_MODEL = 3  # features of the model
 
 
 def names(k: int) -> list[str]:

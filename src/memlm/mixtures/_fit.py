@@ -95,9 +95,9 @@ def fit_exponential(ratio: Tensor, distances: Tensor) -> tuple[float, float]:
         return (at_middle * torch.exp((middle - distances.double()) / middle * inverse)).clamp_max(ops.LARGEST)
 
     starts = [[np.log(start), np.log(inverse)] for inverse in (1e-6, 0.1, 0.5, 2.0)]
-    best, value = _descend(ratio, weight, starts)
+    best, loss = descend(lambda parameters: -gain(ratio, weight(parameters)).mean(), starts)
     constant = best_weight(ratio)
-    if value < float(gain(ratio, constant).mean()):  # no drop-off is one, too
+    if -loss < float(gain(ratio, constant).mean()):  # no drop-off is one, too
         return max(constant, 1e-6), _NO_DROP_OFF * middle
     at_middle, inverse = (float(value) for value in read(best))
     return at_middle * float(np.exp(inverse)), middle / inverse
@@ -119,9 +119,9 @@ def fit_logistic(ratio: Tensor, distances: Tensor) -> tuple[float, float, float]
 
     logit = np.log(start / (1 - start))
     starts = [[logit + 1, center, np.log(length)] for center in (1.0, 2.0) for length in (0.2, 1.0)]
-    best, value = _descend(ratio, weight, starts)
+    best, loss = descend(lambda parameters: -gain(ratio, weight(parameters)).mean(), starts)
     constant = best_weight(ratio)
-    if value < float(gain(ratio, constant).mean()):
+    if -loss < float(gain(ratio, constant).mean()):
         return max(constant, 1e-6), 20 * _NO_DROP_OFF * middle, _NO_DROP_OFF * middle  # σ(20) is 1 in a float32
     scale, center, length = (float(value) for value in read(best))
     return scale, center, length
@@ -133,23 +133,27 @@ def _typical(distances: Tensor) -> float:
     return max(float(positive.median()), 1e-9) if len(positive) else 1.0
 
 
-def _descend(ratio: Tensor, weight: Callable[[Tensor], Tensor], starts: list[list[float]]) -> tuple[Tensor, float]:
-    """Return the parameters, of those reached from several starts by L-BFGS, with the best mean gain, and that."""
-    reached = []
+def descend(loss: Callable[[Tensor], Tensor], starts: list[list[float]], *, steps: int = 100) -> tuple[Tensor, float]:
+    """Return the parameters, of those seen by L-BFGS from several starts, with the least loss, and that.
+
+    Args:
+        loss: Of a few parameters, float64, shape (parameters,); where it is not a number is never the best.
+        starts: Where to begin, at least one.
+        steps: At most, from each.
+    """
+    best, least = torch.tensor(starts[0], dtype=torch.float64), np.inf
     for start in starts:
         parameters = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([parameters], max_iter=steps, line_search_fn="strong_wolfe")
 
-        def loss(parameters: Tensor = parameters, optimizer: torch.optim.LBFGS = optimizer) -> Tensor:
+        def closure(parameters: Tensor = parameters, optimizer: torch.optim.LBFGS = optimizer) -> Tensor:
+            nonlocal best, least
             optimizer.zero_grad()
-            value = -gain(ratio, weight(parameters)).mean()
+            value = loss(parameters)
             value.backward()
+            if float(value.detach()) < least:
+                best, least = parameters.detach().clone(), float(value.detach())
             return value
 
-        optimizer.step(loss)
-        with torch.no_grad():
-            value = float(-gain(ratio, weight(parameters)).mean())
-        if np.isfinite(value):
-            reached.append((value, parameters.detach()))
-    least, best = min(reached, key=lambda item: item[0])
-    return best, -least
+        optimizer.step(closure)
+    return best, least

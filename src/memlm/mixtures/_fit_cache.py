@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ._cache import CacheMixture, SharedCacheMixture, known_normalizer
-from ._fit import best_weight
+from ._fit import best_weight, descend
 from ._heldout import HeldOut
 
 _SAMPLE = 4096  # targets for the two or three numbers that are fitted by gradient
+_STEPS = 30
 _AGE = 500.0  # tokens, to start with
 _FARTHEST = 30.0  # log of θ and of 1 / τ, in size
 _SHORTEST = 4.0  # log of 1 / τ, at most: then only the last token is remembered
-_BLOCK = 2048
 
 
 def fit_cache(held: HeldOut, *, forgets: bool) -> CacheMixture:
@@ -38,11 +37,11 @@ def fit_cache(held: HeldOut, *, forgets: bool) -> CacheMixture:
         return -torch.log1p(weight.clamp_max(ops.LARGEST) * (ratio - 1)).mean()
 
     start = _start_scale(sample)
-    found_at = _descend(loss, [[-2.0, math.log(start * factor), -math.log(_AGE)] for factor in (0.3, 1.0)], forgets)
+    starts = [[-2.0, math.log(start * factor), -math.log(_AGE)] for factor in (0.3, 1.0)]
+    found_at, _ = descend(loss, starts, steps=_STEPS)
     scale, forgetting = float(_scale(found_at)), float(_forgetting(found_at, forgets))
     ratios = []
-    for start_row in range(0, len(held), _BLOCK):
-        part = held.rows(torch.arange(start_row, min(start_row + _BLOCK, len(held))).numpy())
+    for part in held.blocks([found.tokens.shape[1]]):
         log_p, mass = _likelihood(part, scale, forgetting)
         ratio = (log_p - part.lm_log_probs).double().clamp_max(60).exp()
         ratios.append(torch.where(mass.isfinite(), ratio, 1.0))
@@ -68,7 +67,7 @@ def fit_shared_cache(held: HeldOut, *, forgets: bool) -> SharedCacheMixture:
         _, mass = _likelihood(sample, scale * factor, 0.0)
         bias = float((normalizer - mass)[mass.isfinite()].median()) - 2 if bool(mass.isfinite().any()) else 0.0
         starts.append([bias, math.log(scale * factor), -math.log(_AGE)])
-    found = _descend(loss, starts, forgets)
+    found, _ = descend(loss, starts, steps=_STEPS)
     return SharedCacheMixture(
         bias=float(found[0]),
         scale=float(_scale(found)),
@@ -109,23 +108,3 @@ def _likelihood(held: HeldOut, scale: Tensor | float, forgetting: Tensor | float
     right = scores.masked_fill(~found.present | (found.tokens != held.targets[:, None]), -1e9)
     mass = scores.logsumexp(dim=1)
     return right.logsumexp(dim=1) - mass, (mass + largest).masked_fill(~some, -torch.inf)
-
-
-def _descend(loss: Callable[[Tensor], Tensor], starts: list[list[float]], forgets: bool) -> Tensor:
-    """Return the parameters, of those seen by L-BFGS from several starts, with the least loss."""
-    best, best_value = torch.tensor(starts[0]), math.inf
-    for start in starts:
-        parameters = torch.tensor(start, requires_grad=True)
-        optimizer = torch.optim.LBFGS([parameters], max_iter=30, line_search_fn="strong_wolfe")
-
-        def closure(parameters: Tensor = parameters, optimizer: torch.optim.LBFGS = optimizer) -> Tensor:
-            nonlocal best, best_value
-            optimizer.zero_grad()
-            value = loss(parameters)
-            value.backward()
-            if float(value.detach()) < best_value:  # never where it is not a number
-                best, best_value = parameters.detach().clone(), float(value.detach())
-            return value
-
-        optimizer.step(closure)
-    return best

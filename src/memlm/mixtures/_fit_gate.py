@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
 from ._gate import GateMixture, gate_features, gate_weights, member_mixes
 from ._heldout import HeldOut
-from ._mixture import Mixture
+from ._mixture import Mixture, memory_likelihoods
 from ._network import Network
 from ._train import train
 
 _HIDDEN = (32, 24)
-_BLOCK = 2048
 _ROUNDS = 50
 
 
@@ -26,19 +24,14 @@ def fit_gate(held: HeldOut, members: tuple[Mixture, ...], seed: int = 0) -> Gate
         seed: Of the network's start and of the order of targets.
     """
     inputs, likelihoods, present = [], [], []
-    evidence = held.evidence.nearest([member.ks[0] for member in members])
-    for start in range(0, len(held), _BLOCK):
-        rows = torch.arange(start, min(start + _BLOCK, len(held)))
-        part, targets = evidence.rows(rows), held.targets[rows]
-        mixes = member_mixes(members, part)
-        inputs.append(gate_features(members, mixes, part))
-        pairs = zip(mixes, part.memories, strict=True)
-        columns = [ops.knn_target_log_probs(mix.log_shares[0], found.tokens, targets) for mix, found in pairs]
-        likelihoods.append(torch.stack(columns, dim=1))
-        present.append(torch.stack([found.present.any(dim=1) for found in part.memories], dim=1))
+    for part in held.blocks([member.ks[0] for member in members]):
+        mixes = member_mixes(members, part.evidence)
+        inputs.append(gate_features(members, mixes, part.evidence))
+        likelihoods.append(memory_likelihoods([mix.log_shares[0] for mix in mixes], part.evidence, part.targets))
+        present.append(torch.stack([found.present.any(dim=1) for found in part.evidence.memories], dim=1))
     features, some = torch.cat(inputs), torch.cat(present)
     # p of every memory and of the model, shape (n, memories + 1)
-    probabilities = torch.cat([torch.cat(likelihoods), held.lm_log_probs[:, None]], dim=1).exp()
+    probabilities = torch.cat([torch.cat(likelihoods), held.lm_log_probs[:, None].exp()], dim=1)
     start_network = Network.new(features, (*_HIDDEN, len(members) + 1), seed)
     network = start_network.with_last_bias(_constant_weights(probabilities).clamp_min(1e-3).log())
 

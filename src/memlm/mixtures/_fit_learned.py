@@ -105,5 +105,4 @@ def _ratio(held: HeldOut, temperature: float, k: int) -> Tensor:
     """Return p_kNN / p_LM of every target, float64; 1 where there is no neighbor."""
     found = held.evidence.memories[0].nearest(k)
     memory = memory_probabilities(found, held.targets, [found.tokens.shape[1]], temperature)[:, 0]
-    ratio = (memory / held.lm_log_probs.double().exp().clamp_min(1e-300)).clamp_max(1e30)
-    return torch.where(found.present.any(dim=1), ratio, 1.0)
+    return torch.where(found.present.any(dim=1), held.ratio(memory), 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -47,15 +48,24 @@ class HeldOut:
         evidence = self.evidence._replace(memories=(self.evidence.memories[place],))
         return replace(self, evidence=evidence)
 
+    def blocks(self, ks: Sequence[int]) -> Iterator[HeldOut]:
+        """Yield a few targets at a time, in order, with so many neighbors of each memory."""
+        evidence = self.evidence.nearest(ks)
+        for start in range(0, len(self), _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            part = evidence.rows(rows)
+            yield HeldOut(self.targets[rows], self.lm_log_probs[rows], part, self.groups[rows], self.statistics)
+
     def log_probs(self, mixture: Mixture) -> Tensor:
         """Return the mixture's log probability of every target, float64, shape (n,)."""
-        evidence = self.evidence.nearest(mixture.ks)
-        parts = []
-        for start in range(0, len(self), _BLOCK):
-            rows = torch.arange(start, min(start + _BLOCK, len(self)))
-            mixed = mixture.target_log_probs(self.lm_log_probs[rows], self.targets[rows], evidence.rows(rows))
-            parts.append(mixed.double())
-        return torch.cat(parts)
+        blocks = self.blocks(mixture.ks)
+        return torch.cat(
+            [mixture.target_log_probs(part.lm_log_probs, part.targets, part.evidence).double() for part in blocks]
+        )
+
+    def ratio(self, memory: Tensor) -> Tensor:
+        """Return p / p_LM of every target for the memory's probabilities p, float64, shape (n,); 10³⁰ at most."""
+        return (memory.double() / self.lm_log_probs.double().exp().clamp_min(1e-300)).clamp_max(1e30)
 
 
 def memory_probabilities(found: Found, targets: Tensor, ks: list[int], temperature: float) -> Tensor:

@@ -194,6 +194,13 @@ def _plain(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     return value
 
 
+def memory_likelihoods(log_shares: Sequence[Tensor], evidence: Evidence, targets: Tensor) -> Tensor:
+    """Return p of each memory at the targets, float32, shape (n, memories); the shares are those of a `Mix`."""
+    pairs = zip(log_shares, evidence.memories, strict=True)
+    columns = [ops.knn_target_log_probs(shares, found.tokens, targets) for shares, found in pairs]
+    return torch.stack(columns, dim=1).exp()
+
+
 def nearest(found: Found) -> Tensor:
     """Return the squared L2 to the nearest neighbor, shape (n,); +inf where none is present."""
     return found.distances.masked_fill(~found.present, math.inf).amin(dim=-1)

@@ -122,13 +122,14 @@ def _mix(
     mixture: Mixture,
 ) -> Any:
     """Forward hook of the top-level model: put the mixture in the place of the logits."""
-    kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+    if args:
+        kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
     as_tuple = isinstance(output, tuple)
     labels = kwargs.get("labels")
     # in a tuple the logits come after the losses, which are single numbers
     place = next(place for place, item in enumerate(output) if item.ndim) if as_tuple else 0
     logits = output[place] if as_tuple else output.logits  # (batch, kept, vocabulary)
-    tokens = args[0] if args else kwargs.get("input_ids")
+    tokens = kwargs.get("input_ids")
     width = tokens.shape[1] if tokens is not None else kwargs["inputs_embeds"].shape[1]
     all_keys = keys_of(captured, site, logits.shape[0], width).detach()
     kept = _kept(torch.arange(width), kwargs.get("logits_to_keep", 0))
@@ -179,11 +180,10 @@ def _kept(places: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 
 def _lookup(memory: Datastore, queries: Tensor, k: int, asked: Tensor | None) -> Found:
     """Search a datastore for those positions that ask for it."""
-    numbers = queries.cpu().numpy()
+    queries = queries.cpu()
     if asked is None:
-        return memory.lookup(numbers, k)
-    result, asked = Found.nothing(len(numbers), k), asked.cpu()
-    if asked.any():
-        for whole, part in zip(result[:4], memory.lookup(numbers[asked.numpy()], k)[:4], strict=True):
-            whole[asked] = part
-    return result
+        return memory.lookup(queries.numpy(), k)
+    asked = asked.cpu()
+    if not asked.any():
+        return Found.nothing(len(queries), k)
+    return memory.lookup(queries[asked].numpy(), k).among(asked)
