@@ -145,8 +145,8 @@ class Widened(LanguageModel):
         parts = list(self.keys(ids))
         self.known = torch.cat([keys for _, keys in parts])[torch.cat([rows for rows, _ in parts]).argsort()]
 
-    def score(self, sequences: Any) -> Any:
-        for batch in super().score(sequences):
+    def score(self, sequences: Any, *, beliefs: bool = False) -> Any:
+        for batch in super().score(sequences, beliefs=beliefs):
             yield batch._replace(keys=self.known[batch.rows])
 
 
