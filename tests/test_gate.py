@@ -70,11 +70,19 @@ def test_it_is_a_distribution_whatever_is_absent(case, absent, seed):
 
 
 def test_weights_are_a_softmax_over_those_that_found_something():
-    said = torch.tensor([[1.0, 2.0, 0.5]] * 3)
-    weights = gate_weights(said, torch.tensor([[True, True], [False, True], [False, False]]))
-    numbers = np.exp(said.double().numpy()) * [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
+    said, own = torch.tensor([[1.0, 2.0, 0.5]] * 3), torch.tensor([[0.3, -1.0]] * 3)
+    weights = gate_weights(said, own, torch.tensor([[True, True], [False, True], [False, False]]))
+    numbers = np.exp([1.3, 1.0, 0.5]) * [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
     expected = numbers[:, :2] / numbers.sum(axis=1, keepdims=True) * (1 - 1e-4)
     np.testing.assert_allclose(weights, expected, rtol=1e-5)
+
+
+def test_a_network_that_says_nothing_leaves_a_memory_to_its_own_mixture():
+    (train, _), base = planted(n=50), KnnMixture(interpolation_weight=0.3, temperature=1.0, k=4)
+    alone = train.memory(0)
+    own = fit("exponential", alone, base)
+    mixture = gate((own,), alone.evidence, size=0.0)
+    np.testing.assert_allclose(alone.log_probs(mixture), alone.log_probs(own), atol=2e-4)
 
 
 def planted(n=2500, k=4, seed=0):

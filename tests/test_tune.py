@@ -1,5 +1,6 @@
 """Tuning: planted optima are found, useless memories refused, intervals cover."""
 
+import dataclasses
 import json
 import math
 import warnings
@@ -15,6 +16,7 @@ from memlm.evaluation import tune_report
 from memlm.evaluation._bootstrap import paired_bootstrap
 from memlm.evaluation._retrieval import Retrieved
 from memlm.evaluation._tune import tune_cached
+from memlm.evidence import Belief
 from memlm.mixtures import best_weight
 from memlm.models import LanguageModel
 from test_mixtures import evidence
@@ -108,6 +110,23 @@ def test_gain_by_chance_is_not_taken():
     assert report.gain.mean > 0 > report.gain.low
     assert not report.helps
     assert report.mixture.interpolation_weight == 0.0
+
+
+@pytest.mark.parametrize("kind", ["adapter", "learned"])
+def test_what_a_network_learned_by_heart_is_no_gain(kind):
+    """Of noise, thousands of parameters make a gain, on the text that they were fitted to alone."""
+    n, k, generator = 3000, 16, torch.Generator().manual_seed(0)
+    logits = 1.5 * torch.randn(n, 50, generator=generator)
+    targets = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
+    lm = logits.log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+    distances = (10 * torch.rand(n, k, generator=generator)).sort(dim=1).values
+    cached = planted(lm, targets, distances, torch.randint(50, (n, k), generator=generator))
+    keys = torch.randn(n, 64, generator=generator)
+    belief = Belief.from_logits(logits, keys, torch.randint(50, (n,), generator=generator))
+    cached = dataclasses.replace(cached, evidence=cached.evidence._replace(belief=belief))
+    report = tune_cached(cached, np.arange(n) // 1000, kind, torch.rand(50, 2, generator=generator))
+    assert not report.helps
+    assert report.gain.mean < 1e-3
 
 
 def test_tune_with_a_model(tmp_path):

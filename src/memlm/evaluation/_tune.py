@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..datastore import Datastore
 from ..errors import ConfigError
-from ..mixtures import FITTED, HeldOut, KnnMixture, Mixture, best_weight, choose, fit
-from ..mixtures._heldout import memory_probabilities
+from ..mixtures import FITTED, HeldOut, KnnMixture, Mixture, best_weight, choose, fit, folds, memory_probabilities
 from ..models import Scorer
 from ._bootstrap import Interval, paired_bootstrap, units
 from ._retrieval import Retrieved, Text, gather, retrieve
@@ -33,8 +32,9 @@ class Tuning:
         helps: Whether the gain's 95 % interval lies above zero.
         best: The best settings on the grid, whether they help or not.
         lm_perplexity: Of the model alone, per token, on the held-out text.
-        perplexity: With `best`.
-        gain: Nats a token that `best` gains over the model.
+        perplexity: With `best`. A kind that is fitted beyond λ, T and k is judged by cross-validation: half of the text
+            by what was fitted to the other half.
+        gain: Nats a token that it gains over the model, judged likewise.
         tokens: Targets in the held-out text.
         grid: One row a (k, temperature) tried: k, temperature, λ, perplexity.
     """
@@ -156,7 +156,7 @@ def tune_cached(
     if kind != "knn" and found.present.any():
         kind = choose(held, fixed) if kind == "auto" else kind
         best = fixed if kind == "knn" else fit(kind, held, fixed)
-    mixed = held.log_probs(best)
+    mixed = held.log_probs(best) if best is fixed else _judged(kind, held, fixed, best)
     gain = paired_bootstrap((mixed - lm).numpy(), documents)
     helps = gain.low > 0 if math.isfinite(gain.low) else gain.mean > 0
     return Tuning(
@@ -175,6 +175,18 @@ def tune_cached(
             for row in rows
         ],
     )
+
+
+def _judged(kind: str, held: HeldOut, fixed: KnnMixture, best: Mixture) -> Tensor:
+    """Return log-probabilities by mixtures that were not fitted to the target, float64, shape (n,).
+
+    A network can learn thousands of targets by heart, so that what it makes of them says nothing of other text.
+    """
+    mixed = held.log_probs(best)
+    for fitted, judged in folds(held.groups, 2):
+        part = held.rows(judged)
+        mixed[torch.from_numpy(judged)] = part.log_probs(fit(kind, held.rows(fitted), fixed))
+    return mixed
 
 
 def _try(cached: Retrieved, lm: Tensor, ks: list[int], temperature: float) -> list[dict[str, float]]:

@@ -16,8 +16,10 @@ from ._fit_cache import fit_shared_cache as fit_shared_cache
 from ._fit_gate import fit_gate as fit_gate
 from ._fit_learned import skipping_curve as skipping_curve
 from ._fixed import KnnMixture as KnnMixture
+from ._folds import folds as folds
 from ._gate import GateMixture as GateMixture
 from ._heldout import HeldOut as HeldOut
+from ._heldout import memory_probabilities as memory_probabilities
 from ._learned import LearnedMixture as LearnedMixture
 from ._mixture import DatastoreMixture as DatastoreMixture
 from ._mixture import Mixture as Mixture
@@ -45,7 +47,9 @@ __all__ = [
     "fit_gate",
     "fit_shared_cache",
     "fits_of",
+    "folds",
     "load_mixture",
     "memory_likelihoods",
+    "memory_probabilities",
     "skipping_curve",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ._fit import best_weight, descend
 from ._heldout import HeldOut
 
 _SAMPLE = 4096  # targets for the two or three numbers that are fitted by gradient
-_STEPS = 30
+_FIRST_STEPS, _LAST_STEPS = 10, 20  # from every start, and from where the best of them led
 _AGE = 500.0  # tokens, to start with
 _FARTHEST = 30.0  # log of θ and of 1 / τ, in size
 _SHORTEST = 4.0  # log of 1 / τ, at most: then only the last token is remembered
@@ -38,7 +39,7 @@ def fit_cache(held: HeldOut, *, forgets: bool) -> CacheMixture:
 
     start = _start_scale(sample)
     starts = [[-2.0, math.log(start * factor), -math.log(_AGE)] for factor in (0.3, 1.0)]
-    found_at, _ = descend(loss, starts, steps=_STEPS)
+    found_at = _descend(loss, starts)
     scale, forgetting = float(_scale(found_at)), float(_forgetting(found_at, forgets))
     ratios = []
     for part in held.blocks([found.tokens.shape[1]]):
@@ -67,13 +68,18 @@ def fit_shared_cache(held: HeldOut, *, forgets: bool) -> SharedCacheMixture:
         _, mass = _likelihood(sample, scale * factor, 0.0)
         bias = float((normalizer - mass)[mass.isfinite()].median()) - 2 if bool(mass.isfinite().any()) else 0.0
         starts.append([bias, math.log(scale * factor), -math.log(_AGE)])
-    found, _ = descend(loss, starts, steps=_STEPS)
+    found = _descend(loss, starts)
     return SharedCacheMixture(
         bias=float(found[0]),
         scale=float(_scale(found)),
         forgetting=float(_forgetting(found, forgets)),
         length=held.evidence.memories[0].tokens.shape[1],
     )
+
+
+def _descend(loss: Callable[[Tensor], Tensor], starts: list[list[float]]) -> Tensor:
+    best, _ = descend(loss, starts, steps=_FIRST_STEPS)
+    return descend(loss, [best.tolist()], steps=_LAST_STEPS)[0]
 
 
 def _scale(parameters: Tensor) -> Tensor:
@@ -105,6 +111,15 @@ def _likelihood(held: HeldOut, scale: Tensor | float, forgetting: Tensor | float
     # relative to the largest of a row, which counts as 1 however small it is; a logsumexp over nothing has no gradient
     largest = scores.detach().amax(dim=1).masked_fill(~some, 0.0)
     scores = (scores - largest[:, None]).clamp_min(-1e4)
-    right = scores.masked_fill(~found.present | (found.tokens != held.targets[:, None]), -1e9)
-    mass = scores.logsumexp(dim=1)
-    return right.logsumexp(dim=1) - mass, (mass + largest).masked_fill(~some, -torch.inf)
+    mass = scores.exp().sum(dim=1).clamp_min(1.0).log()  # of a largest that is 1; an empty row has no use for it
+    rows, columns = (found.present & (found.tokens == held.targets[:, None])).nonzero(as_tuple=True)
+    right = _logsumexp(scores[rows, columns], rows, len(scores))
+    return right - mass, (mass + largest).masked_fill(~some, -torch.inf)
+
+
+def _logsumexp(scores: Tensor, rows: Tensor, number: int) -> Tensor:
+    """Return logsumexp of the scores of each row, shape (number,); −10⁹ for a row without."""
+    largest = scores.new_full((number,), -torch.inf).scatter_reduce(0, rows, scores.detach(), "amax")
+    total = scores.new_zeros(number).index_add(0, rows, (scores - largest[rows]).exp())
+    none = largest.isinf()
+    return (total.masked_fill(none, 1.0).log() + largest.masked_fill(none, -1e9)).to(scores.dtype)

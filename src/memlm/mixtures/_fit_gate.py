@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._gate import GateMixture, gate_features, gate_weights, member_mixes
+from ._gate import GateMixture, gate_features, gate_weights, member_mixes, own_logits
 from ._heldout import HeldOut
 from ._mixture import Mixture, memory_likelihoods
 from ._network import Network
 from ._train import train
 
 _HIDDEN = (32, 24)
-_ROUNDS = 50
 
 
 def fit_gate(held: HeldOut, members: tuple[Mixture, ...], seed: int = 0) -> GateMixture:
@@ -23,30 +22,21 @@ def fit_gate(held: HeldOut, members: tuple[Mixture, ...], seed: int = 0) -> Gate
         members: A fitted mixture for each memory; they are not changed.
         seed: Of the network's start and of the order of targets.
     """
-    inputs, likelihoods, present = [], [], []
+    inputs, owns, likelihoods, present = [], [], [], []
     for part in held.blocks([member.ks[0] for member in members]):
         mixes = member_mixes(members, part.evidence)
         inputs.append(gate_features(members, mixes, part.evidence))
+        owns.append(own_logits(mixes))
         likelihoods.append(memory_likelihoods([mix.log_shares[0] for mix in mixes], part.evidence, part.targets))
         present.append(torch.stack([found.present.any(dim=1) for found in part.evidence.memories], dim=1))
-    features, some = torch.cat(inputs), torch.cat(present)
+    features, own, some = torch.cat(inputs), torch.cat(owns), torch.cat(present)
     # p of every memory and of the model, shape (n, memories + 1)
     probabilities = torch.cat([torch.cat(likelihoods), held.lm_log_probs[:, None].exp()], dim=1)
-    start_network = Network.new(features, (*_HIDDEN, len(members) + 1), seed)
-    network = start_network.with_last_bias(_constant_weights(probabilities).clamp_min(1e-3).log())
+    network = Network.new(features, (*_HIDDEN, len(members) + 1), seed)
 
     def losses(said: Tensor, rows: Tensor) -> Tensor:
-        weights = gate_weights(said, some[rows])
+        weights = gate_weights(said, own[rows], some[rows])
         weights = torch.cat([weights, 1 - weights.sum(dim=1, keepdim=True)], dim=1)
         return -(weights * probabilities[rows]).sum(dim=1).clamp_min(1e-30).log()
 
     return GateMixture(members=members, network=train(network, features, losses, held.groups, seed=seed))
-
-
-def _constant_weights(probabilities: Tensor) -> Tensor:
-    """Return the weights, the same for all targets, of greatest likelihood, by expectation maximization."""
-    weights = torch.full((probabilities.shape[1],), 1 / probabilities.shape[1])
-    for _ in range(_ROUNDS):
-        parts = weights * probabilities
-        weights = (parts / parts.sum(dim=1, keepdim=True).clamp_min(1e-30)).mean(dim=0)
-    return weights

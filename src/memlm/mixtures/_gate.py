@@ -1,4 +1,8 @@
-"""Several memories under one gate: p = Σ_m λ_m p_m + (1 − Σ_m λ_m) p_LM with λ = softmax of a small network."""
+"""Several memories under one gate: p = Σ_m λ_m p_m + (1 − Σ_m λ_m) p_LM, the odds of every λ_m set by a small network.
+
+λ = softmax(logit λ'_m + u_m; u_LM), where λ' is what a memory's own mixture would give it and u what the network says:
+a gate over one memory whose network says zero is that memory's own mixture.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,8 @@ class GateMixture(Mixture):
     """Weights of any number of datastores and caches, target by target.
 
     Attributes:
-        members: A mixture for each memory, which shares out its neighbors; its own λ is one of the gate's features.
-        network: From `gate_features` to one number a memory and one for the model; their softmax is λ.
+        members: A mixture for each memory, which shares out its neighbors and says the λ that the gate corrects.
+        network: From `gate_features` to the correction u, one number a memory and one for the model.
 
     Raises:
         ConfigError: The network is for another number of memories, or a member is for several.
@@ -50,7 +54,8 @@ class GateMixture(Mixture):
         """See `Mixture.mix`."""
         mixes = member_mixes(self.members, evidence)
         said = self.network(gate_features(self.members, mixes, evidence))
-        weights = gate_weights(said, torch.stack([found.present.any(dim=1) for found in evidence.memories], dim=1))
+        some = torch.stack([found.present.any(dim=1) for found in evidence.memories], dim=1)
+        weights = gate_weights(said, own_logits(mixes), some)
         return Mix(weights, tuple(mix.log_shares[0] for mix in mixes))
 
     def describe(self) -> str:
@@ -59,15 +64,22 @@ class GateMixture(Mixture):
         return f"λ of {len(self.members)} memories by a network of {self.network.parameters:,} parameters ({members})"
 
 
-def gate_weights(said: Tensor, some: Tensor) -> Tensor:
-    """Return λ of each memory, shape (n, memories), of what the network says, shape (n, memories + 1; the model last).
+def gate_weights(said: Tensor, own: Tensor, some: Tensor) -> Tensor:
+    """Return λ of each memory, shape (n, memories).
 
     Args:
-        said: Logits.
+        said: What the network says, shape (n, memories + 1; the model last).
+        own: Logit of the λ that each memory's own mixture sets, shape (n, memories).
         some: Bool, shape (n, memories): whether a memory found anything; otherwise its λ is 0.
     """
-    said = torch.cat([said[:, :-1].masked_fill(~some, -torch.inf), said[:, -1:]], dim=1)
-    return said.softmax(dim=1)[:, :-1] * ops.LARGEST
+    logits = torch.cat([(own + said[:, :-1]).masked_fill(~some, -torch.inf), said[:, -1:]], dim=1)
+    return logits.softmax(dim=1)[:, :-1] * ops.LARGEST
+
+
+def own_logits(mixes: list[Mix]) -> Tensor:
+    """Return the logit of every member's own λ, shape (n, memories)."""
+    weights = torch.cat([mix.weights for mix in mixes], dim=1)
+    return weights.clamp(1 - ops.LARGEST, ops.LARGEST).logit()
 
 
 def member_mixes(members: tuple[Mixture, ...], evidence: Evidence) -> list[Mix]:
@@ -80,9 +92,8 @@ def gate_features(members: tuple[Mixture, ...], mixes: list[Mix], evidence: Evid
     """Return what the network is told: of each memory its features, and the weight that its member would give it."""
     if evidence.belief is None:
         raise ConfigError("a gate looks at the model's confidence; retrieve with beliefs=True")
-    columns = []
+    columns = [own_logits(mixes)]
     for member, mix, found in zip(members, mixes, evidence.memories, strict=True):
-        columns.append(mix.weights.clamp(1e-4, 1 - 1e-4).logit())
         if isinstance(member, DatastoreMixture):
             columns.append(features(found, evidence.belief, member.temperature, member.k))
         else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._network import Network
 
-_HELD = 8  # one group in so many chooses when to stop
+_HELD = 8  # one group in so many, and one at least, chooses when to stop
 
 
 def train(
@@ -35,7 +35,7 @@ def train(
         features: float32, shape (n, features).
         losses: From what the network says of some targets, shape (m, outputs), and their numbers, int64, shape (m,), to
             a loss for each, shape (m,).
-        groups: What is left out together, int64, shape (n,); with a single group the last epoch is taken.
+        groups: What is left out together, int64, shape (n,); a single group loses its last targets.
         epochs: Passes over the targets.
         batch: Targets a step.
         learning_rate: At the start; it falls to zero along a half cosine.
@@ -61,9 +61,7 @@ def train(
                     state = state * (torch.rand(state.shape, generator=generator) >= dropout) / (1 - dropout)
         return state
 
-    held = np.unique(groups, return_inverse=True)[1] % _HELD == _HELD - 1
-    if held.all() or not held.any():
-        held = np.zeros(len(groups), bool)
+    held = _left_out(groups)
     fitted, judged = (torch.from_numpy(np.flatnonzero(rows)) for rows in (~held, held))
     settings = [
         {"params": parameters[::2], "weight_decay": weight_decay},
@@ -85,3 +83,12 @@ def train(
         if loss < best_loss or not len(judged):
             best, best_loss = current([part.clone() for part in parameters]), loss
     return best
+
+
+def _left_out(groups: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Return which targets choose when to stop, bool, shape (n,); none of fewer than `_HELD` targets."""
+    names, place = np.unique(groups, return_inverse=True)
+    if len(names) > 1:
+        every = min(_HELD, len(names))
+        return place % every == every - 1
+    return np.arange(len(groups)) >= len(groups) - len(groups) // _HELD
