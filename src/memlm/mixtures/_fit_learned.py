@@ -68,19 +68,28 @@ def _curve(held: HeldOut, ratio: Tensor, weight: Tensor) -> list[dict[str, float
     return rows
 
 
-def _share_to_skip(held: HeldOut, base: KnnMixture, tolerance: float, seed: int) -> float:
+def judged_skipping_curve(held: HeldOut, base: KnnMixture, seed: int = 0) -> list[dict[str, float]]:
+    """Return `skipping_curve` on targets that the network was not fitted to: each half by one of the other half.
+
+    Empty where the targets cannot be split.
+    """
     splits = folds(held.groups, 2)
     if not splits:
-        return 0.0
+        return []
     weight = torch.zeros(len(held), dtype=torch.float64)
     for fitted, judged in splits:
         part = held.rows(judged)
         assert part.evidence.belief is not None
         predicted = _fit(held.rows(fitted), base, seed).predicted(part.evidence.belief)
         weight[torch.from_numpy(judged)] = predicted.double()
-    curve = _curve(held, _ratio(held, base.temperature, base.k), weight)
-    allowed = curve[0]["perplexity"] * (1 + tolerance)
-    return max(row["skipped"] for row in curve if row["perplexity"] <= allowed)
+    return _curve(held, _ratio(held, base.temperature, base.k), weight)
+
+
+def _share_to_skip(held: HeldOut, base: KnnMixture, tolerance: float, seed: int) -> float:
+    curve = judged_skipping_curve(held, base, seed)
+    return max(
+        (row["skipped"] for row in curve if row["perplexity"] <= curve[0]["perplexity"] * (1 + tolerance)), default=0.0
+    )
 
 
 def _fit(held: HeldOut, base: KnnMixture, seed: int) -> LearnedMixture:

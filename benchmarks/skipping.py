@@ -1,0 +1,125 @@
+"""Searches skipped by the learned weight: perplexity and speed, against always searching and against searching less.
+
+    python -m benchmarks.skipping DATA_FOLDER --stores FOLDER [--corpora wikitext2]
+
+The datastore of a corpus holds the whole of `train`, as in benchmarks/mixtures.py. The learned weight is fitted to 100 k
+tokens of `valid`; two thresholds are chosen there, on halves that the network was not fitted to: the most searches that
+can be skipped within 1 % of the perplexity of the same mixture without skipping, and within 1 % of the best fixed λ
+(the comparison of He et al. 2021). Each is scored once on 20 k tokens of `test`, every pass timed three times in turn,
+beside the same mixture with fewer lists visited by every search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import memlm
+from benchmarks.knn_lm import TOKENS, pieces
+from benchmarks.mixtures import store
+from memlm.evaluation._compare import read
+from memlm.evaluation._retrieval import Text
+from memlm.evaluation._tune import tune_cached
+from memlm.mixtures._fit_learned import fit_learned, judged_skipping_curve
+
+RESULTS = Path(__file__).parent / "results"
+VALID_TOKENS = 100_000
+TOLERANCE = 0.01
+REPEATS = 3
+FEWER = (2, 4, 8)  # by how much fewer lists are visited
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--stores", type=Path, required=True)
+    parser.add_argument("--corpora", default="wikitext2")
+    options = parser.parse_args()
+    lm = memlm.reference_lm()
+    path = RESULTS / "skipping.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for corpus in options.corpora.split(","):
+        memory = store(lm, options.data, corpus, options.stores)
+        results[corpus] = measure(lm, memory, options.data, corpus)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        (RESULTS / "skipping.md").write_text(table(results))
+
+
+def measure(lm: Any, memory: memlm.Datastore, data: Path, corpus: str) -> dict[str, Any]:
+    settings = {"max_k": 1024, "cache": 1, "max_tokens": VALID_TOKENS, "show_progress": True}
+    valid = read(lm, memory, pieces(data / f"{corpus}.valid.jsonl.xz"), description=f"{corpus} valid", **settings)
+    held = valid.held.memory(0)
+    found = replace(valid.found, evidence=held.evidence)
+    fixed = tune_cached(found, valid.text.document_of_target).best
+    always = fit_learned(held, fixed, tolerance=0)
+    judged = judged_skipping_curve(held, fixed)
+    allowed = {
+        "skipping, within 1 % of itself": judged[0]["perplexity"] * (1 + TOLERANCE),
+        "skipping, within 1 % of fixed λ": float((-held.log_probs(fixed).mean()).exp()) * (1 + TOLERANCE),
+    }
+    arms = {"fixed λ": (fixed, 1), "learned": (always, 1)}
+    for name, limit in allowed.items():
+        share = max((row["skipped"] for row in judged if row["perplexity"] <= limit), default=0.0)
+        threshold = float(always.predicted(held.evidence.belief).quantile(share))
+        arms[name] = (replace(always, threshold=threshold if share else 0.0), 1)
+    for fewer in FEWER:
+        arms[f"learned, 1/{fewer} of the lists"] = (always, fewer)
+    del valid, held, found
+    return {
+        "valid_tokens": VALID_TOKENS,
+        "nprobe": memory.index.details["nprobe"],
+        "valid_curve": judged,
+        "rows": scored(lm, memory, Text(lm, pieces(data / f"{corpus}.test.jsonl.xz"), TOKENS), arms),
+    }
+
+
+def scored(lm: Any, memory: memlm.Datastore, text: Text, arms: dict[str, Any]) -> list[dict[str, Any]]:
+    """Score the test text by every arm in turn, `REPEATS` times; speeds are medians."""
+    speeds: dict[str, list[float]] = {name: [] for name in ("lm", *arms)}
+    rows: dict[str, dict[str, Any]] = {}
+    index = memory.index._faiss
+    nprobe = index.nprobe
+    for _ in range(REPEATS):
+        for name, (mixture, fewer) in arms.items():
+            index.nprobe = max(1, nprobe // fewer)
+            result = memlm.evaluate(lm, text, memory, mixture)
+            index.nprobe = nprobe
+            plain, mixed = result.results[0], result.results[-1]
+            speeds["lm"].append(plain.tokens_per_second)
+            speeds[name].append(mixed.tokens_per_second)
+            rows["lm"] = {"perplexity": plain.perplexity, "searched": 0.0}
+            rows[name] = {"perplexity": mixed.perplexity, "searched": result.settings["searched"]}
+    return [
+        {"method": name, **rows[name], "tokens_per_second": statistics.median(speeds[name])} for name in ("lm", *arms)
+    ]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Tabulate everything as Markdown."""
+    parts = ["# Searches skipped by the learned weight", ""]
+    parts += [
+        "Perplexity per token on 20 k tokens of `test`, which was scored once with each setting; tokens/s are medians of",
+        f"{REPEATS} passes in turn. Thresholds were chosen on {VALID_TOKENS:,} tokens of `valid`.",
+        "",
+        "    python -m benchmarks.skipping DATA --stores FOLDER",
+        "",
+    ]
+    for corpus, item in results.items():
+        always = next(row for row in item["rows"] if row["method"] == "learned")
+        parts += [f"## {corpus}", "", f"{item['nprobe']} lists visited by a search.", ""]
+        parts += ["| method | searched | perplexity | to learned | tokens/s | to learned |", "|---" * 6 + "|"]
+        for row in item["rows"]:
+            change, speed = (row[key] / always[key] for key in ("perplexity", "tokens_per_second"))
+            cells = [f"{100 * row['searched']:.0f} %", f"{row['perplexity']:.2f}", f"{100 * (change - 1):+.1f} %"]
+            cells += [f"{row['tokens_per_second']:,.0f}", f"{speed:.2f}×"]
+            parts.append("| " + " | ".join([row["method"], *cells]) + " |")
+        parts.append("")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    main()
