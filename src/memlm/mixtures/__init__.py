@@ -18,10 +18,12 @@ from ._fit_learned import skipping_curve as skipping_curve
 from ._fixed import KnnMixture as KnnMixture
 from ._gate import GateMixture as GateMixture
 from ._heldout import HeldOut as HeldOut
+from ._heldout import memory_probabilities as memory_probabilities
 from ._learned import LearnedMixture as LearnedMixture
 from ._mixture import DatastoreMixture as DatastoreMixture
 from ._mixture import Mixture as Mixture
 from ._mixture import memory_likelihoods as memory_likelihoods
+from ._mixture import nearest as nearest
 from ._saved import load_mixture as load_mixture
 
 __all__ = [
@@ -47,5 +49,7 @@ __all__ = [
     "fits_of",
     "load_mixture",
     "memory_likelihoods",
+    "memory_probabilities",
+    "nearest",
     "skipping_curve",
 ]
