@@ -99,7 +99,8 @@ def measure(lm: Any, other: Any, url: str, data: Path, corpus: str, folder: Path
         started = time.perf_counter()
         name = f"{corpus}: {model}, {encoder} encoder, {told} log-probabilities"
         cached = [
-            gather(list(retrieve(scorer, text, memory, [K], beliefs=True, description=name))) for text in (valid, test)
+            gather(retrieve(scorer, text, memory, [K], beliefs=True, description=name), text.tokens)
+            for text in (valid, test)
         ]
         seconds = time.perf_counter() - started
         held = HeldOut(cached[1].targets, cached[1].lm_log_probs, cached[1].evidence, test.document_of_target)

@@ -69,7 +69,7 @@ def measure(lm: Any, data: Path, corpus: str, scope: str) -> dict[str, Any]:
         factory = auto_factory(len(memory), memory.width, memory.key_dtype)
         memory.build_index(factory if factory != "exact" else "IVF1024,SQfp16")
         index = memory.index.details
-        cached = [gather(list(retrieve(lm, text, memory, [1024]))) for text in (valid, test)]
+        cached = [gather(retrieve(lm, text, memory, [1024]), text.tokens) for text in (valid, test)]
         result["faiss"] = {**report(cached, valid, test), "index": index}
         return result
     finally:
@@ -80,7 +80,7 @@ def exact_and_controls(lm: Any, memory: Any, valid: Text, test: Text) -> tuple[d
     """One exact search serves kNN-LM and the one with shuffled values: it returns entry numbers in place of tokens."""
     values = memory.values.astype(np.int64)
     memory.values = np.arange(len(memory))
-    found = [gather(list(retrieve(lm, text, memory, [1024]))) for text in (valid, test)]
+    found = [gather(retrieve(lm, text, memory, [1024]), text.tokens) for text in (valid, test)]
     memory.values = values
     shuffled = np.random.default_rng(0).permutation(values)
     with_tokens, with_shuffled = ([_renamed(item, names) for item in found] for names in (values, shuffled))

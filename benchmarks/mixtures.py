@@ -107,7 +107,7 @@ def two_datastores(lm: Any, data: Path, sides: dict[str, Any], adapters: dict[st
                     found.append(known.evidence.memories[0])
                 else:
                     passed = retrieve(lm, text, sides[other][0], [1024], description=f"{corpus} in {other}")
-                    found.append(gather(list(passed)).found)
+                    found.append(gather(passed, text.tokens).found)
             evidence = Evidence(tuple(found), known.evidence.belief)
             helds[split].append(HeldOut(known.targets, known.lm_log_probs, evidence, known.groups))
     members = tuple(adapters[corpus] for corpus in PAIR)
@@ -125,7 +125,7 @@ def two_datastores(lm: Any, data: Path, sides: dict[str, Any], adapters: dict[st
             other: math.exp(-float(held.memory(place).log_probs(members[place]).mean()))
             for place, other in enumerate(PAIR)
         }
-        weights = gate.mix(held.evidence.rows(torch.arange(2000))).weights.mean(dim=0).tolist()
+        weights = torch.cat([gate.mix(part.evidence).weights for part in held.blocks(gate.ks)]).mean(dim=0).tolist()
         rows[corpus] = {
             "lm": math.exp(-float(held.lm_log_probs.double().mean())),
             **{f"adapter of {other}": value for other, value in alone.items()},
@@ -143,8 +143,8 @@ def table(results: dict[str, Any]) -> str:
         "Perplexity per token on `test`, with the reference language model (its training text holds WikiText-2 and none",
         "of the others) and the whole of `train` stored, behind FAISS. Fitted to 20 k tokens of `valid`; each row's test",
         "text was scored once. Changes in percent of perplexity, with paired bootstrap 95 % intervals. *λ shuffled* gives",
-        "every token the weight of another one. tokens/s: model, search and mixing on two shared, busy cores; compare",
-        "them within a table alone.",
+        "every token the weight of another one. tokens/s: model, search and mixing on two shared, busy cores, in a pass in",
+        "which everything is searched for every method; compare them within a table alone.",
         "",
         "    python -m benchmarks.mixtures DATA --stores FOLDER",
         "",

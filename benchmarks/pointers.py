@@ -62,7 +62,7 @@ def main() -> None:
 def measure(lm: Any, memory: memlm.Datastore, data: Path, corpus: str, tokens: int) -> dict[str, Any]:
     """Tune on valid, then time every way of finding the neighbors of test, from the same keys."""
     valid, test = (Text(lm, pieces(data / f"{corpus}.{split}.jsonl.xz"), tokens) for split in ("valid", "test"))
-    mixture = tune_cached(gather(list(retrieve(lm, valid, memory, [K]))), valid.document_of_target).best
+    mixture = tune_cached(gather(retrieve(lm, valid, memory, [K]), valid.tokens), valid.document_of_target).best
     parts = list(lm.score(test.ids))
     order = torch.cat([part.rows for part in parts]).argsort()
     keys, targets, lm_log_probs = (

@@ -85,6 +85,14 @@ class Evidence(NamedTuple):
         """Return some targets: a mask, numbers, or a slice."""
         return _each([self], lambda parts: parts[0][rows])
 
+    def room(self, n: int) -> Evidence:
+        """Return room for n targets like these; see `put`."""
+        return _each([self], lambda parts: parts[0].new_empty((n, *parts[0].shape[1:])))
+
+    def put(self, rows: Tensor, part: Evidence) -> None:
+        """Write targets into these rows, int64, shape (targets,)."""
+        _each([self, part], lambda parts: parts[0].index_put_((rows,), parts[1]))
+
     def nearest(self, ks: Sequence[int]) -> Evidence:
         """Return the first neighbors alone, so many of each memory."""
         return self._replace(memories=tuple(found.nearest(k) for found, k in zip(self.memories, ks, strict=True)))

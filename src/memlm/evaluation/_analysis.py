@@ -12,12 +12,12 @@ import torch
 
 from ..datastore import Datastore
 from ..evidence import Evidence, Found
-from ..mixtures import BucketMixture, ExponentialMixture, HeldOut, LogisticMixture, best_weight
-from ..mixtures._mixture import nearest
+from ..mixtures import BucketMixture, ExponentialMixture, HeldOut, LogisticMixture, best_weight, nearest
 from ._retrieval import Text
 
 if TYPE_CHECKING:
-    from ._compare import Fitted, Judged
+    from ._judge import Judged
+    from ._methods import Fitted
 
 _POINTS = 60
 _BINS = 10

@@ -27,8 +27,9 @@ class Row:
         over_cache: Nats a token that it gains over the better of the tuned caches.
         helped: Share of tokens that it makes more likely by over 1 % than the model alone.
         hurt: Share that it makes less likely by over 1 %.
-        searched: Share of tokens for which the datastore was searched.
-        tokens_per_second: Model, search and mixing.
+        searched: Share of tokens for which the datastore has to be searched.
+        tokens_per_second: Model, search and mixing, in the pass that all methods share: everything is searched there.
+            What skipping saves is in `Comparison.saving`.
         fit_seconds: Time that fitting took; of what is fitted before it, none.
         parameters: Numbers fitted by gradient in a network; 0 where there is none.
         shuffled: Perplexity when the weights go to other tokens; None where they are the same for all.
@@ -54,6 +55,41 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """What the learned weight saves, by two passes over the test text that differ in its threshold alone.
+
+    Attributes:
+        skipped: Share of the searches that are left out.
+        perplexity_always: Per token, everything being searched.
+        perplexity: Per token, with skipping.
+        tokens_per_second_always: Model, search and mixing, everything being searched.
+        tokens_per_second: The same, with skipping.
+    """
+
+    skipped: float
+    perplexity_always: float
+    perplexity: float
+    tokens_per_second_always: float
+    tokens_per_second: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast it is with skipping."""
+        return self.tokens_per_second / self.tokens_per_second_always
+
+    def to_dict(self) -> dict[str, float]:
+        """Return plain values."""
+        return {**dataclasses.asdict(self), "speedup": self.speedup}
+
+    def __str__(self) -> str:
+        return (
+            f"Learned weight with {self.skipped:.0%} of the searches skipped: perplexity {self.perplexity_always:,.2f} "
+            f"→ {self.perplexity:,.2f}, {self.tokens_per_second_always:,.0f} → {self.tokens_per_second:,.0f} tokens/s "
+            f"({self.speedup:.2f} times the speed), each in a pass of its own"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """The table, and what explains it.
 
@@ -62,7 +98,8 @@ class Comparison:
         tokens: Targets of the test text.
         valid_tokens: Targets of the held-out text that everything was fitted to.
         unit: What was resampled for the intervals, and held together in cross-validation.
-        skipping: Perplexity of the learned weight against the share of searches skipped.
+        skipping: Perplexity of the learned weight against the share of searches skipped; empty where none was fitted.
+        saving: What skipping saves; None where the learned weight skips nothing.
         analysis: λ against distance, gain by frequency and overlap, reliability of λ.
         settings: Memory and windows.
         mixtures: Every fitted mixture, by method.
@@ -73,6 +110,7 @@ class Comparison:
     valid_tokens: int
     unit: str
     skipping: list[dict[str, float]]
+    saving: Saving | None
     analysis: Analysis
     settings: dict[str, Any]
     mixtures: dict[str, Mixture]
@@ -89,6 +127,7 @@ class Comparison:
             "valid_tokens": self.valid_tokens,
             "unit": self.unit,
             "skipping": self.skipping,
+            "saving": None if self.saving is None else self.saving.to_dict(),
             "analysis": self.analysis.to_dict(),
             "settings": self.settings,
             "mixtures": {name: mixture.to_dict() for name, mixture in self.mixtures.items()},
@@ -110,7 +149,8 @@ class Comparison:
                 raise ConfigError(f"{path} ends in {path.suffix!r}; expected .json, .md or .html")
 
     def __str__(self) -> str:
-        return "\n".join([*table(self), f"{self.tokens:,} test tokens; 95 % intervals over {self.unit}"])
+        saving = [] if self.saving is None else [str(self.saving)]
+        return "\n".join([*table(self), f"{self.tokens:,} test tokens; 95 % intervals over {self.unit}", *saving])
 
 
 def table(comparison: Comparison) -> list[str]:

@@ -36,9 +36,7 @@ def markdown(comparison: Comparison) -> str:
         "|---" * len(_HEADER) + "|",
         *("| " + " | ".join(_cells(row)) + " |" for row in comparison.rows),
         "",
-        "Learned weight, the searches with the smallest λ skipped: "
-        + ", ".join(f"{row['skipped']:.0%} → {row['perplexity']:,.2f}" for row in comparison.skipping[::4])
-        + ".",
+        *_skipping(comparison),
         "",
     ]
     analysis = comparison.analysis
@@ -52,6 +50,15 @@ def markdown(comparison: Comparison) -> str:
             lines.append(f"| {row['group']} | {row['tokens']:,} | {gains} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _skipping(comparison: Comparison) -> list[str]:
+    """Say what the learned weight costs and saves where it skips searches."""
+    curve = ", ".join(f"{row['skipped']:.0%} → {row['perplexity']:,.2f}" for row in comparison.skipping[::4])
+    if not curve:
+        return ["Learned weight: none was fitted, since no token of the text to fit to found a neighbor."]
+    saving = [] if comparison.saving is None else [f"{comparison.saving}."]
+    return [f"Learned weight, perplexity with the searches of the smallest λ skipped: {curve}.", *saving]
 
 
 def _cells(row: Row) -> list[str]:
@@ -94,6 +101,7 @@ def page(comparison: Comparison) -> str:
 {settings["cache"]:,} tokens. Fitted to {comparison.valid_tokens:,} tokens of other text; {comparison.tokens:,} test
 tokens; intervals over {html.escape(comparison.unit)}. Hover over a row for what was fitted. <i>λ shuffled</i> gives
 every token the weight of another one: what is left of a gain there did not come from λ.</p>
+<p>{html.escape(" ".join(_skipping(comparison)))}</p>
 <img alt="λ against distance with buckets, curves and the best weight; reliability of λ; gain by frequency of the token;
 gain by overlap with the nearest neighbor" src="data:image/png;base64,{image}">
 </html>

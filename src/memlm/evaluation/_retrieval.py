@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,7 @@ from ..cache import Cache
 from ..datastore import Datastore, Pointers
 from ..documents import Corpus, Document, describe
 from ..errors import ConfigError, CorpusError
-from ..evidence import Belief, Evidence, Found, join, join_beliefs
+from ..evidence import Belief, Evidence, Found, join_beliefs
 from ..models import ScoredBatch, Scorer
 from ..progress import progress
 
@@ -36,7 +36,7 @@ class Retrieved:
         targets: Int64, shape (n,).
         lm_log_probs: log p_LM of the targets, float32, shape (n,).
         evidence: What the memories found and, if asked for, what the model believes.
-        searched: Share of the targets for which memories were searched; with pointers, the last such memory.
+        searched: Share of the targets for which datastores were searched; with pointers, the last such memory.
         model_seconds: Time of the model's forward pass.
         search_seconds: Time of the search, memory by memory.
     """
@@ -179,6 +179,7 @@ def retrieve(
                 own[place] = np.array([datastore.document_range(item) for item in text.texts]).reshape(-1, 2)
     owners = text.document_of_target
     whole = any(not isinstance(item, Datastore) for item in memories)
+    searching = float(any(datastore_of(item) is not None for item in memories))
     with progress(description, text.tokens, show=show_progress) as advance:
         first_row = first_document = 0
         while first_document < len(text.ids):
@@ -199,7 +200,7 @@ def retrieve(
                 rows = batch.rows + first_row
                 asked = None if wanted is None or batch.belief is None else wanted(batch.belief)
                 found, times = [], [scored]
-                share = 1.0 if asked is None else float(asked.float().mean())
+                share = searching if asked is None else searching * float(asked.float().mean())
                 for place, (item, k) in enumerate(zip(memories, ks, strict=True)):
                     exclude = own[place][owners[rows.numpy()]] if place in own else None
                     if exclude is not None and not exclude.any():
@@ -283,22 +284,40 @@ def _put_together(batches: list[ScoredBatch]) -> ScoredBatch:
     )
 
 
-def gather(parts: list[Retrieved]) -> Retrieved:
-    """Put batches together, in the order of the text; of the entries, only the nearest is kept."""
-    rows = torch.cat([part.rows for part in parts])
-    order = rows.argsort()
-    kept = [
-        part.evidence._replace(
-            memories=tuple(found._replace(entries=found.entries[:, :1]) for found in part.evidence.memories)
-        )
-        for part in parts
-    ]
+def gather(parts: Iterable[Retrieved], tokens: int | None = None) -> Retrieved:
+    """Put batches together, in the order of the text; of the entries, only the nearest is kept.
+
+    A target with its neighbors takes up tens of kilobytes. Batches that come one by one, their number of targets being
+    known, go straight to their place, so that there is never more than one beside the whole.
+
+    Args:
+        parts: From `retrieve`; at least one.
+        tokens: Targets in all of them; None counts them, and holds all batches at once.
+    """
+    if tokens is None:
+        parts = list(parts)
+        tokens = sum(len(part.rows) for part in parts)
+    targets, lm_log_probs = torch.empty(tokens, dtype=torch.long), torch.empty(tokens)
+    evidence: Evidence | None = None
+    searched = model_seconds = 0.0
+    search_seconds: list[tuple[float, ...]] = []
+    for part in parts:
+        memories = tuple(found._replace(entries=found.entries[:, :1]) for found in part.evidence.memories)
+        kept = part.evidence._replace(memories=memories)
+        evidence = kept.room(tokens) if evidence is None else evidence
+        evidence.put(part.rows, kept)
+        targets[part.rows], lm_log_probs[part.rows] = part.targets, part.lm_log_probs
+        searched += part.searched * len(part.rows)
+        model_seconds += part.model_seconds
+        search_seconds.append(part.search_seconds)
+        del part, memories, kept  # before the next batch is made
+    assert evidence is not None
     return Retrieved(
-        rows=rows[order],
-        targets=torch.cat([part.targets for part in parts])[order],
-        lm_log_probs=torch.cat([part.lm_log_probs for part in parts])[order],
-        evidence=join(kept).rows(order),
-        searched=sum(part.searched * len(part.rows) for part in parts) / len(rows),
-        model_seconds=sum(part.model_seconds for part in parts),
-        search_seconds=tuple(sum(times) for times in zip(*(part.search_seconds for part in parts), strict=True)),
+        rows=torch.arange(tokens),
+        targets=targets,
+        lm_log_probs=lm_log_probs,
+        evidence=evidence,
+        searched=searched / tokens,
+        model_seconds=model_seconds,
+        search_seconds=tuple(sum(times) for times in zip(*search_seconds, strict=True)),
     )

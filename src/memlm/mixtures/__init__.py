@@ -24,6 +24,7 @@ from ._learned import LearnedMixture as LearnedMixture
 from ._mixture import DatastoreMixture as DatastoreMixture
 from ._mixture import Mixture as Mixture
 from ._mixture import memory_likelihoods as memory_likelihoods
+from ._mixture import nearest as nearest
 from ._saved import load_mixture as load_mixture
 
 __all__ = [
@@ -51,5 +52,6 @@ __all__ = [
     "load_mixture",
     "memory_likelihoods",
     "memory_probabilities",
+    "nearest",
     "skipping_curve",
 ]
