@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
@@ -103,14 +104,34 @@ def test_both_forms_are_the_equations_of_the_paper(length, scale, forgetting, bi
             score = scale * keys[place] @ keys[place - age] - age * forgetting
             cache[tokens[place - age + 1]] += np.exp(score)
         whole = of_vocabulary + np.exp(bias) * cache
-        np.testing.assert_allclose(one_softmax[place], whole / whole.sum(), rtol=1e-3, atol=1e-6)
         lm = of_vocabulary / of_vocabulary.sum()
-        assert float(lambdas[place]) == pytest.approx(np.exp(bias) * cache.sum() / whole.sum(), rel=1e-3, abs=1e-6)
+        uncapped = np.exp(bias) * cache.sum() / whole.sum()
+        assert float(lambdas[place]) == pytest.approx(uncapped, rel=1e-3, abs=1e-6)
+        if uncapped < ops.LARGEST:
+            np.testing.assert_allclose(one_softmax[place], whole / whole.sum(), rtol=1e-3, atol=1e-6)
+        else:
+            expected = ops.LARGEST * cache / cache.sum() + (1 - ops.LARGEST) * lm
+            np.testing.assert_allclose(one_softmax[place], expected, rtol=2e-3, atol=1e-6)
         if place:
             expected = weight * cache / cache.sum() + (1 - weight) * lm
             np.testing.assert_allclose(linear[place], expected, rtol=1e-3, atol=1e-6)
         else:
             np.testing.assert_allclose(linear[0], lm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mass", [9.2, 9.22, 20.0, 60.0, 1e4])
+def test_one_softmax_never_erases_the_model(mass):
+    """Ten equal logits and a cache that holds token 0 alone; σ(17) and more is 1 in float32."""
+    found = memory(torch.tensor([[0]]), torch.tensor([[-mass]]))._replace(ages=torch.tensor([[1]]))
+    logits = torch.full((1, 10), -math.log(10))
+    evidence = Evidence((found,), Belief.from_logits(logits, torch.zeros(1, 2), torch.zeros(1).long()))
+    mixture = SharedCacheMixture(bias=0.0, scale=1.0, length=1)
+    weight = min(1 / (1 + math.exp(-mass)), ops.LARGEST)
+    expected = math.log(1 - weight) - math.log(10)
+    for target, log_prob in ((3, expected), (0, math.log(weight + math.exp(expected)))):
+        said = mixture.target_log_probs(logits[:, 0], torch.tensor([target]), evidence)
+        assert float(said) == pytest.approx(log_prob, abs=2e-3)
+        assert float(mixture.log_probs(logits, evidence)[0, target]) == pytest.approx(log_prob, abs=2e-3)
 
 
 MIXTURES = {

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,10 @@ import pytest
 import torch
 
 from command_line import SETTINGS, TEXTS, make_world, refused, run
+from memlm.mixtures import CacheMixture, ExponentialMixture, KnnMixture, SharedCacheMixture
+from test_adapter import adapter
+from test_gate import gate
+from test_saved import evidence
 from tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -203,6 +208,58 @@ def test_settings_of_the_mixture(world, place, verb, options, words):
     (place / "other.json").write_text('{"kind": "cache"}')
     (place / "bad.json").write_text('{"kind": "knn", "interpolation_weight": 0.5, "temperature": 0.0, "k": 8}')
     assert words in refused(verb, world.model, world.memory, "text.txt", *options, place=place)
+
+
+LINEAR = CacheMixture(interpolation_weight=0.2, scale=0.1, length=8)
+SAVED = {
+    "knn": KnnMixture(interpolation_weight=0.3, temperature=5.0, k=8),
+    "exponential": ExponentialMixture(temperature=5.0, k=8, scale=0.5, length=9.0),
+    "cache": LINEAR,
+    "shared-cache": SharedCacheMixture(bias=-3.0, scale=0.1, length=8),
+    "adapter": adapter(),
+    "gate": gate((adapter(), LINEAR), evidence(2)[1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("exponential", ["--lambda", "0.5"], "--lambda is 0.5, but mixture (exponential) has no such setting; leave"),
+        ("cache", ["--temperature", "5"], "--temperature is 5.0, but mixture (cache) has no such setting"),
+        ("cache", ["--k", "5"], "--k is 5, but mixture (cache) has no such setting"),
+        ("shared-cache", ["--lambda", "0.5"], "--lambda is 0.5, but mixture (shared-cache) has no such setting"),
+        ("shared-cache", ["--temperature", "5"], "--temperature is 5.0, but mixture (shared-cache) has no such"),
+        ("gate", ["--lambda", "0.5"], "--lambda is 0.5, but mixture (gate) has no such setting"),
+        ("gate", ["--k", "5"], "--k is 5, but mixture (gate) has no such setting"),
+        (
+            "adapter",
+            ["--temperature", "5"],
+            "--temperature is 5.0, but the network of mixture (adapter) was fitted with",
+        ),
+        ("adapter", ["--k", "5"], "--k is 5, but the network of mixture (adapter) was fitted with 9; leave --k out"),
+        ("adapter", ["--lambda", "0.5"], "--lambda is 0.5, but the network of mixture (adapter) was fitted with"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["eval", "generate", "explain"])
+def test_options_that_a_saved_mixture_does_not_take(world, place, verb, kind, options, words):
+    SAVED[kind].save("mixture")
+    assert words in refused(verb, world.model, world.memory, "text.txt", "--mixture", "mixture", *options, place=place)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value", "name"),
+    [
+        ("cache", "--lambda", 0.5, "interpolation_weight"),
+        ("exponential", "--temperature", 7.0, "temperature"),
+        ("exponential", "--k", 5, "k"),
+        ("knn", "--lambda", 0.5, "interpolation_weight"),
+        ("adapter", "--k", 9, "k"),
+    ],
+)
+def test_options_that_a_saved_mixture_takes(world, place, kind, option, value, name):
+    SAVED[kind].save("mixture")
+    result = run("eval", world.model, world.memory, "text.txt", "--mixture", "mixture", option, value, "--json")
+    assert json.loads(result.out)["settings"]["mixture"][name] == value
 
 
 @pytest.mark.parametrize(

@@ -169,8 +169,8 @@ def load_mixture(path: Path | None, weight: float | None, temperature: float | N
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if path is not None:
         loaded = load_saved(path)
-        if weight is not None and not isinstance(loaded, KnnMixture):
-            raise ConfigError(f"--lambda is {weight}, but {path} sets λ token by token; leave one of them out")
+        for name, value in changes.items():
+            _check_change(loaded, name, value, path)
         return dataclasses.replace(loaded, **changes)
     if weight is None or temperature is None:
         raise ConfigError(
@@ -178,6 +178,20 @@ def load_mixture(path: Path | None, weight: float | None, temperature: float | N
             "and --temperature"
         )
     return KnnMixture(**changes)
+
+
+def _check_change(loaded: AnyMixture, name: str, value: float, path: Path) -> None:
+    """Refuse an option that a saved mixture has no place for, or that was settled when its network was fitted."""
+    option = {"interpolation_weight": "--lambda"}.get(name, f"--{name}")
+    if name not in {field.name for field in dataclasses.fields(loaded)}:
+        raise ConfigError(f"{option} is {value}, but {path} ({loaded.kind}) has no such setting; leave {option} out")
+    fitted = getattr(loaded, name)
+    # k only gives a learned weight more neighbors; an adapter's network looks at all that is settled here
+    if loaded.needs_belief and value != fitted and (name != "k" or loaded.kind == "adapter"):
+        raise ConfigError(
+            f"{option} is {value}, but the network of {path} ({loaded.kind}) was fitted with {fitted:.6g}; leave "
+            f"{option} out, or fit again by `memlm tune`"
+        )
 
 
 def check_output(path: Path | None, *suffixes: str) -> None:

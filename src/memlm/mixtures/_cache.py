@@ -85,6 +85,8 @@ class CacheMixture(_CacheMixture):
 class SharedCacheMixture(_CacheMixture):
     """One softmax over vocabulary and cache (eq. 5): the more the past resembles the present, the heavier it weighs.
 
+    Its λ is at most 1 − 10⁻⁴, as with every λ that is computed: what the cache lacks stays possible.
+
     Attributes:
         bias: α.
 

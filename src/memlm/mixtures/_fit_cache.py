@@ -60,7 +60,7 @@ def fit_shared_cache(held: HeldOut, *, forgets: bool) -> SharedCacheMixture:
         log_p, mass = _likelihood(sample, scale, forgetting)
         weight = ops.shared_softmax_weight(mass, normalizer, parameters[0])
         ratio = (log_p - sample.lm_log_probs).clamp_max(60).exp()
-        return -torch.log1p(weight.clamp_max(ops.LARGEST) * (ratio - 1)).mean()
+        return -torch.log1p(weight * (ratio - 1)).mean()
 
     scale = _start_scale(sample)
     starts = []

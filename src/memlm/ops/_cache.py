@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._weight import LARGEST
+
 
 def cache_scores(
     products: Tensor, present: Tensor, ages: Tensor, scale: Tensor | float, forgetting: Tensor | float
@@ -29,7 +31,8 @@ def shared_softmax_weight(log_mass: Tensor, normalizer: Tensor, bias: Tensor | f
     """Return the part of one softmax over vocabulary and cache that the cache holds (eq. 5–6).
 
     P(w) ∝ exp(hᵀo_w) + Σᵢ 1[w = xᵢ₊₁] exp(θ hᵀhᵢ + α) is λ p_cache + (1 − λ) p_LM with
-    λ = σ(log Σᵢ exp(θ hᵀhᵢ) + α − log Σ_w exp(hᵀo_w)).
+    λ = min(σ(log Σᵢ exp(θ hᵀhᵢ) + α − log Σ_w exp(hᵀo_w)), 1 − 10⁻⁴). The paper has no largest λ; in float32 σ becomes
+    1 where the cache outweighs the vocabulary by 17 nats, and a token that it lacks would be impossible.
 
     Args:
         log_mass: log Σᵢ exp(θ hᵀhᵢ), shape (n,); −inf where the cache is empty.
@@ -39,4 +42,4 @@ def shared_softmax_weight(log_mass: Tensor, normalizer: Tensor, bias: Tensor | f
     Returns:
         λ, shape (n,); 0 where the cache is empty.
     """
-    return torch.sigmoid(log_mass + bias - normalizer)
+    return torch.sigmoid(log_mass + bias - normalizer).clamp_max(LARGEST)
