@@ -15,11 +15,23 @@ from torch import Tensor
 
 from ..datastore import Datastore
 from ..errors import ConfigError
-from ..mixtures import FITTED, HeldOut, KnnMixture, Mixture, best_weight, choose, fit, folds, memory_probabilities
+from ..mixtures import (
+    FITTED,
+    HeldOut,
+    KnnMixture,
+    Mixture,
+    best_weight,
+    choose,
+    fit,
+    folds,
+    memory_probabilities,
+    spread,
+)
 from ..models import Scorer
 from ._bootstrap import Interval, paired_bootstrap, units
 from ._retrieval import Retrieved, Text, gather, retrieve
 
+_SAMPLE = 1 << 14  # targets by which temperatures are compared before those near the best see all
 _OCTAVES = 8  # temperatures go from the typical distance × 2^−6 to × 2^2, in steps of half an octave
 
 
@@ -36,7 +48,7 @@ class Tuning:
             by what was fitted to the other half.
         gain: Nats a token that it gains over the model, judged likewise.
         tokens: Targets in the held-out text.
-        grid: One row a (k, temperature) tried: k, temperature, λ, perplexity.
+        grid: One row a (k, temperature) tried near the best: k, temperature, λ, perplexity.
     """
 
     mixture: Mixture
@@ -144,10 +156,10 @@ def tune_cached(
     typical = float(found.distances[found.present].median()) if found.present.any() else 1.0
     lm = cached.lm_log_probs.double()
     coarse = [2.0 ** (step / 2 - 6) * max(typical, 1e-6) for step in range(2 * _OCTAVES + 1)]
-    rows = [row for temperature in coarse for row in _try(cached, lm, ks, temperature)]
+    some = held.rows(spread(len(held), _SAMPLE))
+    rows = [row for temperature in coarse for row in _try(some, ks, temperature)]
     center = min(rows, key=lambda row: row["nats"])["temperature"]
-    for fine in (2**-0.25, 2**0.25):
-        rows += _try(cached, lm, ks, center * fine)
+    rows = [row for factor in (2**-0.25, 1.0, 2**0.25) for row in _try(held, ks, center * factor)]
     # The smallest k within a thousandth of the best: a tie is decided by the cost of searching.
     least = min(row["nats"] for row in rows)
     row = min((row for row in rows if row["nats"] <= least + 1e-3), key=lambda row: (row["k"], row["nats"]))
@@ -189,14 +201,15 @@ def _judged(kind: str, held: HeldOut, fixed: KnnMixture, best: Mixture) -> Tenso
     return mixed
 
 
-def _try(cached: Retrieved, lm: Tensor, ks: list[int], temperature: float) -> list[dict[str, float]]:
+def _try(held: HeldOut, ks: list[int], temperature: float) -> list[dict[str, float]]:
     """Find the best λ for every k at one temperature; neighbors come nearest first, so one running sum serves all."""
-    memory = memory_probabilities(cached.found, cached.targets, ks, temperature)  # (n, number of ks)
+    found = held.evidence.memories[0]
+    memory = memory_probabilities(found, held.targets, ks, temperature)  # (n, number of ks)
     rows = []
     for column, k in enumerate(ks):
-        ratio = (memory[:, column] / lm.exp().clamp_min(1e-300)).clamp_max(1e30)
-        ratio = torch.where(cached.found.present.any(dim=1), ratio, 1.0)  # a row without neighbors is the model's
+        ratio = held.ratio(memory[:, column])
+        ratio = torch.where(found.present.any(dim=1), ratio, 1.0)  # a row without neighbors is the model's
         weight = best_weight(ratio)
-        nats = -float((lm + torch.log1p(weight * (ratio - 1))).mean())
+        nats = -float((held.lm_log_probs.double() + torch.log1p(weight * (ratio - 1))).mean())
         rows.append({"k": k, "temperature": temperature, "interpolation_weight": weight, "nats": nats})
     return rows

@@ -20,6 +20,7 @@ from ._folds import folds as folds
 from ._gate import GateMixture as GateMixture
 from ._heldout import HeldOut as HeldOut
 from ._heldout import memory_probabilities as memory_probabilities
+from ._heldout import spread as spread
 from ._learned import LearnedMixture as LearnedMixture
 from ._mixture import DatastoreMixture as DatastoreMixture
 from ._mixture import Mixture as Mixture
@@ -54,4 +55,5 @@ __all__ = [
     "memory_probabilities",
     "nearest",
     "skipping_curve",
+    "spread",
 ]

@@ -28,7 +28,7 @@ def gain(ratio: Tensor, weight: Tensor | float) -> Tensor:
     return torch.log1p(weight * (ratio - 1))
 
 
-def best_weight(ratio: Tensor, steps: int = 40) -> float:
+def best_weight(ratio: Tensor, steps: int = 24) -> float:
     """Return the λ in [0, 1 − 10⁻⁴] that maximizes Σ log(1 + λ (r − 1)), r = p_kNN / p_LM; the sum is concave in λ.
 
     Example:

@@ -11,10 +11,10 @@ from torch import Tensor
 from .. import ops
 from ._cache import CacheMixture, SharedCacheMixture, known_normalizer
 from ._fit import best_weight, descend
-from ._heldout import HeldOut
+from ._heldout import HeldOut, spread
 
-_SAMPLE = 4096  # targets for the two or three numbers that are fitted by gradient
-_FIRST_STEPS, _LAST_STEPS = 10, 20  # from every start, and from where the best of them led
+_SAMPLE = 2048  # targets for the two or three numbers that are fitted by gradient
+_FIRST_STEPS, _LAST_STEPS = 8, 16  # from every start, and from where the best of them led
 _AGE = 500.0  # tokens, to start with
 _FARTHEST = 30.0  # log of θ and of 1 / τ, in size
 _SHORTEST = 4.0  # log of 1 / τ, at most: then only the last token is remembered
@@ -92,7 +92,7 @@ def _forgetting(parameters: Tensor, forgets: bool) -> Tensor:
 
 def _sample(held: HeldOut) -> HeldOut:
     """Return targets spread evenly over the text."""
-    return held.rows(torch.linspace(0, len(held) - 1, min(_SAMPLE, len(held))).long().numpy())
+    return held.rows(spread(len(held), _SAMPLE))
 
 
 def _start_scale(held: HeldOut) -> float:

@@ -68,6 +68,11 @@ class HeldOut:
         return (memory.double() / self.lm_log_probs.double().exp().clamp_min(1e-300)).clamp_max(1e30)
 
 
+def spread(n: int, most: int) -> npt.NDArray[np.int64]:
+    """Return the numbers of at most so many of n targets, evenly spread."""
+    return np.linspace(0, n - 1, min(n, most)).astype(np.int64)
+
+
 def memory_probabilities(found: Found, targets: Tensor, ks: list[int], temperature: float) -> Tensor:
     """Return p_kNN of every target for several k, float64, shape (n, number of ks); neighbors come nearest first."""
     result = []

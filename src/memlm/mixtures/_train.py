@@ -21,6 +21,7 @@ def train(
     groups: npt.NDArray[np.int64],
     *,
     epochs: int = 30,
+    updates: int = 2000,
     batch: int = 512,
     learning_rate: float = 3e-3,
     weight_decay: float = 1e-2,
@@ -36,7 +37,8 @@ def train(
         losses: From what the network says of some targets, shape (m, outputs), and their numbers, int64, shape (m,), to
             a loss for each, shape (m,).
         groups: What is left out together, int64, shape (n,); a single group loses its last targets.
-        epochs: Passes over the targets.
+        epochs: Passes over the targets, at most.
+        updates: Steps after which an epoch is the last: many targets need fewer passes.
         batch: Targets a step.
         learning_rate: At the start; it falls to zero along a half cosine.
         weight_decay: Of AdamW, on the weights.
@@ -69,6 +71,7 @@ def train(
     ]
     optimizer = torch.optim.AdamW(settings, lr=learning_rate)
     steps = max(1, -(-len(fitted) // batch))
+    epochs = min(epochs, -(-updates // steps))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     best, best_loss = current(parameters), np.inf
     for epoch in range(epochs + 1):
