@@ -81,12 +81,13 @@ def rows_of(
 
     rows = [row("lm", lm, 0.0, None)]
     for name, result in results.items():
-        weights = result.weights
+        weights, memories = result.weights, methods.fitted[name].memories
         shuffled = None
         if len(weights[weights > 0].unique()) > 1:  # a memory that found nothing has λ = 0 whatever the method
-            other = mixed(weights[shuffle], result.likelihoods, held.lm_log_probs)
+            some = torch.stack([held.evidence.memories[place].present.any(dim=1) for place in memories], dim=1)
+            other = mixed(weights[shuffle] * some, result.likelihoods, held.lm_log_probs)
             shuffled = math.exp(-float(other.mean()))
-        searching = sum(found.search_seconds[place] for place in methods.fitted[name].memories)
+        searching = sum(found.search_seconds[place] for place in memories)
         rows.append(row(name, result.log_probs, result.seconds + searching, shuffled))
     return tuple(rows)
 
