@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ConfigError
 from . import _common as common
 
 
@@ -18,7 +19,9 @@ def compare(
     save: Annotated[
         list[Path] | None, typer.Option(help="Write the result here: .json, .md or .html with plots; several times.")
     ] = None,
-    mixtures: Annotated[Path | None, typer.Option(help="Folder for the fitted mixtures, for --mixture.")] = None,
+    mixtures: Annotated[
+        Path | None, typer.Option(help="Folder for the fitted mixtures, for --mixture FOLDER/METHOD.")
+    ] = None,
     max_k: Annotated[int | None, typer.Option(help="Most neighbors a token; 1,024, or all, by default.")] = None,
     cache: Annotated[int, typer.Option(min=1, help="Tokens that the continuous cache remembers.")] = 1024,
     max_tokens: common.MaxTokens = 20_000,
@@ -29,6 +32,8 @@ def compare(
     """Fit fixed λ, λ by distance, learned λ, kNN-Adapter and caches to held-out text; compare them on other text."""
     for path in save or []:
         common.check_output(path, ".json", ".md", ".html", ".htm")
+    if mixtures is not None and mixtures.exists() and not mixtures.is_dir():
+        raise ConfigError(f"{mixtures} is a file; name a folder for the mixtures")
     from ..datastore import Datastore
     from ..evaluation import compare as measure
 
