@@ -127,8 +127,15 @@ def test_every_way_to_choose_the_weight_is_compared(world, tmp_path):
     for verb in ("generate", "explain"):
         for mixture in (saved, gate):
             assert run(verb, world.model, world.memory, "The cat", "--mixture", mixture).code == 0
-    many = run("eval", world.model, world.memory, world.texts / "test", "--mixture", tmp_path / "mixtures")
-    assert (many.code, "name one file" in many.err) == (2, True)
+    for method in ("adapter-cache", "adapter + cache"):
+        by_name = ("--mixture", tmp_path / "mixtures" / method, "--json")
+        named = run("eval", world.model, world.memory, world.texts / "test", *by_name)
+        assert json.loads(named.out)["settings"] == json.loads(evaluated.out)["settings"]
+    for place in (tmp_path / "mixtures", tmp_path / "mixtures" / "adaptor"):
+        many = run("eval", world.model, world.memory, world.texts / "test", "--mixture", place)
+        assert many.code == 2
+        assert f"holds {len(perplexity) - 1} mixtures for this datastore: adapter, adapter-cache, buckets, " in many.err
+        assert f"name one of them, such as --mixture {tmp_path / 'mixtures' / 'adapter'}" in many.err
 
 
 def test_a_folder_holds_the_mixture_of_a_datastore(world, tmp_path):

@@ -274,6 +274,10 @@ def test_options_that_a_saved_mixture_takes(world, place, kind, option, value, n
             "no/where.json cannot be written: there is no",
         ),
         (
+            ["compare", "MODEL", "MEMORY", "--valid", "text.txt", "--test", "text.txt", "--mixtures", "text.txt"],
+            "text.txt is a file; name a folder for the mixtures",
+        ),
+        (
             ["compare", "MODEL", "MEMORY", "--valid", "text.txt", "--test", "text.txt", "--save", "a.pdf"],
             "expected .json or",
         ),

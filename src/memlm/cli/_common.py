@@ -34,7 +34,11 @@ Context = Annotated[int | None, typer.Option(help="Tokens of left context a wind
 Stride = Annotated[int | None, typer.Option(help="Tokens scored a window.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Use so many tokens of the text; all by default.")]
 Mixture = Annotated[
-    Path | None, typer.Option(help="Settings saved by `memlm tune --save`, or a folder with some for this datastore.")
+    Path | None,
+    typer.Option(
+        help="Settings saved by `memlm tune --save`: the file, or the folder if it has one file for this datastore; "
+        "FOLDER/METHOD, such as mixtures/adapter, where `memlm compare --mixtures` saved several."
+    ),
 ]
 Weight = Annotated[float | None, typer.Option("--lambda", help="Interpolation weight λ, the memory's, in [0, 1].")]
 Temperature = Annotated[float | None, typer.Option(help="Divides squared distances.")]
@@ -102,7 +106,7 @@ def open_all(
     from ..mixtures import DatastoreMixture, KnnMixture
 
     memory = None
-    if mixture is not None and mixture.is_dir():  # a folder holds one mixture a datastore
+    if mixture is not None and not mixture.is_file():
         memory = Datastore(datastore)
         mixture = _find_mixture(mixture, memory)
     settings = load_mixture(mixture, weight, temperature, k)
@@ -134,12 +138,29 @@ def mixture_name(memory: Datastore, method: str) -> str:
     return f"{memory.manifest.content_sha256[:12]}-{slug}.json"
 
 
-def _find_mixture(folder: Path, memory: Datastore) -> Path:
+def _find_mixture(path: Path, memory: Datastore) -> Path:
+    """Return the file that a folder with one mixture for a datastore means, or FOLDER/METHOD where there are several.
+
+    What means no file is returned as it is.
+    """
+    folder, method = (path, "") if path.is_dir() else (path.parent, path.name)
+    named = folder / mixture_name(memory, method)
+    if method and named.is_file():
+        return named
     pattern = mixture_name(memory, "*")
     found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise ConfigError(f"{folder} holds {names} for this datastore ({pattern}); name one file")
+    if method and not found:
+        return path
+    if not found:
+        raise ConfigError(
+            f"{folder} holds none for this datastore ({pattern}); `memlm tune … --save {folder}` adds one"
+        )
+    if method or len(found) > 1:
+        methods = sorted(item.stem.partition("-")[2] for item in found)
+        raise ConfigError(
+            f"{folder} holds {len(found)} mixtures for this datastore: {', '.join(methods)}; name one of them, such as "
+            f"--mixture {folder / methods[0]}"
+        )
     return found[0]
 
 

@@ -20,7 +20,9 @@ def compare(
     save: Annotated[
         list[Path] | None, typer.Option(help="Write the result here: .json, .md or .html with plots; several times.")
     ] = None,
-    mixtures: Annotated[Path | None, typer.Option(help="Folder for the fitted mixtures, for --mixture.")] = None,
+    mixtures: Annotated[
+        Path | None, typer.Option(help="Folder for the fitted mixtures, for --mixture FOLDER/METHOD.")
+    ] = None,
     max_k: Annotated[int | None, typer.Option(help="Most neighbors a token; 1,024, or all, by default.")] = None,
     cache: Annotated[int, typer.Option(min=1, help="Tokens that the continuous cache remembers.")] = 1024,
     max_tokens: common.MaxTokens = 20_000,
