@@ -174,8 +174,8 @@ def empty_index(factory: str, width: int, metric: str) -> Any:
         index = faiss.index_factory(width, factory, FAISS_METRICS[metric])
     except RuntimeError as error:
         raise IndexError_(
-            f"FAISS does not take {factory!r} for keys of width {width} and {metric}: {_reason(error)}; expected "
-            "'auto', 'exact' or a factory string such as 'IVF1024,SQ8'"
+            f"FAISS does not take {factory!r} for keys of width {width}: {_reason(error)}; expected 'auto', 'exact' or "
+            f"a factory string such as 'IVF1024,SQ8' of an index that can search by {metric}"
         ) from error
     if index.metric_type != FAISS_METRICS[metric]:
         raise IndexError_(f"FAISS has no {factory!r} that searches by {metric}; name another factory, or 'auto'")

@@ -34,7 +34,8 @@ def pays(ivf: Any, queries: int) -> bool:
 
     Not by inner product: reservoirs are sorted by the bits of distances, none of which may be negative.
     """
-    return ivf.metric_type == faiss.METRIC_L2 and _key_dtype(ivf) is not None and 0 < _SHORTEST * ivf.nlist <= queries * ivf.nprobe
+    allowed = ivf.metric_type == faiss.METRIC_L2 and _key_dtype(ivf) is not None
+    return allowed and 0 < _SHORTEST * ivf.nlist <= queries * ivf.nprobe
 
 
 def search_lists(ivf: Any, queries: Floats, k: int, exclude: tuple[int, int]) -> Neighbors:

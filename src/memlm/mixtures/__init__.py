@@ -15,6 +15,7 @@ from ._fit_cache import fit_cache as fit_cache
 from ._fit_cache import fit_shared_cache as fit_shared_cache
 from ._fit_gate import fit_gate as fit_gate
 from ._fit_learned import skipping_curve as skipping_curve
+from ._fit_trime import fit_trime as fit_trime
 from ._fixed import KnnMixture as KnnMixture
 from ._gate import GateMixture as GateMixture
 from ._heldout import HeldOut as HeldOut
@@ -23,6 +24,7 @@ from ._mixture import DatastoreMixture as DatastoreMixture
 from ._mixture import Mixture as Mixture
 from ._mixture import memory_likelihoods as memory_likelihoods
 from ._saved import load_mixture as load_mixture
+from ._trime import TrimeMixture as TrimeMixture
 
 __all__ = [
     "FITTED",
@@ -38,12 +40,14 @@ __all__ = [
     "LogisticMixture",
     "Mixture",
     "SharedCacheMixture",
+    "TrimeMixture",
     "best_weight",
     "choose",
     "fit",
     "fit_cache",
     "fit_gate",
     "fit_shared_cache",
+    "fit_trime",
     "fits_of",
     "load_mixture",
     "memory_likelihoods",
