@@ -20,7 +20,7 @@ def info(datastore: common.Memory, json: common.Json = False) -> None:
 
 def _described(info: dict[str, Any]) -> str:
     encoder, site, index, corpus = info["encoder"], info["encoder"]["key_site"], info["index"], info["corpus"]
-    search = common.describe_search(index)
+    search = f"{common.describe_search(index)}, by {common.metric_name(info['metric'])}"
     if "nprobe" in index:
         search += f", visits {index['nprobe']:,} of {index['lists']:,} lists"
     left_out = f", {corpus['skipped']:,} documents without text or binary left out" if corpus["skipped"] else ""

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ..cache import Cache
 from ..datastore import Datastore
+from ..evidence import SQUARED_L2
 from ..mixtures import (
     HeldOut,
     KnnMixture,
     LearnedMixture,
     Mixture,
+    check_memory,
     fit_cache,
     fit_gate,
     fit_shared_cache,
@@ -85,8 +87,10 @@ def compare(
 
     Raises:
         CorpusError: No text.
-        DatastoreMismatch: The datastore was built with another model, tokenizer or key site.
+        DatastoreMismatch: The datastore was built with another model, tokenizer or key site, or is not searched by
+            squared L2.
     """
+    check_memory(KnnMixture.kind, SQUARED_L2, memory)
     settings = {"max_k": max_k, "cache": cache, "max_tokens": max_tokens, "show_progress": show_progress}
     sides = [
         read(lm, memory, source, description=f"reading {name}", **settings)

@@ -20,13 +20,16 @@ from ._fixed import KnnMixture as KnnMixture
 from ._gate import GateMixture as GateMixture
 from ._heldout import HeldOut as HeldOut
 from ._learned import LearnedMixture as LearnedMixture
+from ._mixture import CACHE as CACHE
 from ._mixture import DatastoreMixture as DatastoreMixture
 from ._mixture import Mixture as Mixture
+from ._mixture import check_memory as check_memory
 from ._mixture import memory_likelihoods as memory_likelihoods
 from ._saved import load_mixture as load_mixture
 from ._trime import TrimeMixture as TrimeMixture
 
 __all__ = [
+    "CACHE",
     "FITTED",
     "AdapterMixture",
     "BucketMixture",
@@ -42,6 +45,7 @@ __all__ = [
     "SharedCacheMixture",
     "TrimeMixture",
     "best_weight",
+    "check_memory",
     "choose",
     "fit",
     "fit_cache",

@@ -71,8 +71,8 @@ class Mixture(ABC):
         """Say in a few words how it mixes."""
 
     def check_memories(self, memories: Sequence[Any]) -> None:
-        """Raise DatastoreMismatch unless each of so many memories is of the kind that this mixture is for."""
-        for expected, memory in zip(self.expects, memories, strict=True):
+        """Raise DatastoreMismatch unless each memory given is of the kind that this mixture is for."""
+        for expected, memory in zip(self.expects, memories, strict=False):
             check_memory(self.kind, expected, memory)
 
     def wanted(self, belief: Belief) -> Tensor | None:
