@@ -20,7 +20,7 @@ def info(datastore: common.Memory, json: common.Json = False) -> None:
 
 def _described(info: dict[str, Any]) -> str:
     encoder, site, index, corpus = info["encoder"], info["encoder"]["key_site"], info["index"], info["corpus"]
-    search = f"{common.describe_search(index)}, by {common.metric_name(info['metric'])}"
+    search = common.describe_search(index)
     if "nprobe" in index:
         search += f", visits {index['nprobe']:,} of {index['lists']:,} lists"
     left_out = f", {corpus['skipped']:,} documents without text or binary left out" if corpus["skipped"] else ""
@@ -33,6 +33,7 @@ def _described(info: dict[str, Any]) -> str:
         "tokenizer": f"{info['tokenizer']['vocab_size']:,} tokens, {info['tokenizer']['sha256'][:12]}",
         "keys": f"{site['name']} ({site['path']}, {site['tensor']}), {info['keys']['width']} × {info['keys']['dtype']}",
         "windows": f"{info['windows']['stride']} tokens after {info['windows']['context']} of context",
+        "metric": common.metric_name(info["metric"]),
         "search": search,
         "files": "all match their checksums",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ _SCORES = 1 << 22  # in the sample that the descent looks at
 _MOST, _LEAST = 4096, 512  # targets in it
 _STEPS = 30
 _AGE = 500.0  # tokens, to start with
+_GRID = (-2.0, -1.0, 0.0, 1.0, 2.0)  # log of temperatures to start with, relative to the typical one
 _FARTHEST = 15.0  # log of a temperature and of 1 / τ, in size: a step of the descent may go very far
 _SHORTEST = 4.0  # log of 1 / τ, at most: then only the last token is remembered
 _WORTH = 1e-3  # nats a token that the second interpolation must gain
@@ -37,8 +39,8 @@ def fit_trime(held: HeldOut, *, forgets: bool = True, interpolates: bool = True)
     sample = _sample(held)
     memories = held.evidence.memories
     sizes = {"length" if found.ages is not None else "k": found.tokens.shape[1] for found in memories}
-    start = math.log(_start_temperature(sample))
-    starts = [[0.0, -math.log(_AGE)], [start, -math.log(_AGE)]]
+    typical = math.log(_typical_temperature(sample))
+    around = [0.0, *(typical + step for step in _GRID)]  # T is 1 in training
 
     def read(parameters: Tensor) -> dict[str, Tensor]:
         named = {"temperature": parameters[0].clamp(-_FARTHEST, _FARTHEST).exp()}
@@ -52,10 +54,9 @@ def fit_trime(held: HeldOut, *, forgets: bool = True, interpolates: bool = True)
     def loss(parameters: Tensor) -> Tensor:
         return -log_likelihood(sample, **read(parameters)).mean()
 
-    best, least = descend(loss, starts, steps=_STEPS)
+    best, least = _descend(loss, [[temperature, -math.log(_AGE)] for temperature in around])
     if interpolates and "k" in sizes:
-        more = [[*best.tolist(), -2.0, temperature] for temperature in (float(best[0]), start)]
-        again, still_less = descend(loss, more, steps=_STEPS)
+        again, still_less = _descend(loss, [[*best.tolist(), -2.0, temperature] for temperature in around])
         best = again if still_less < least - _WORTH else best
     settings: dict[str, Any] = {name: float(value) for name, value in read(best).items()}
     return TrimeMixture(**sizes, **settings)
@@ -102,7 +103,14 @@ def _sample(held: HeldOut) -> HeldOut:
     return held.rows(torch.linspace(0, len(held) - 1, size).long().numpy())
 
 
-def _start_temperature(held: HeldOut) -> float:
+def _descend(loss: Callable[[Tensor], Tensor], starts: list[list[float]]) -> tuple[Tensor, float]:
+    """Return the parameters found from the best of some starts, and their loss."""
+    with torch.no_grad():
+        start = min(starts, key=lambda start: float(loss(torch.tensor(start, dtype=torch.float64))))
+    return descend(loss, [start], steps=_STEPS)
+
+
+def _typical_temperature(held: HeldOut) -> float:
     """Return the T at which typical similarities of a row differ by about one nat."""
     known_normalizer(held.evidence.belief)
     assert held.evidence.belief is not None
