@@ -87,7 +87,7 @@ SUM = {"bytes": 1, "sha256": "0"}
         ("version", 2),
         ("version", -1),
         ("version", True),
-        ("metric", "inner_product"),
+        ("metric", "cosine"),
         ("encoder", "gpt2"),
         ("encoder/sha256", None),
         ("encoder/key_site", {}),

@@ -78,7 +78,7 @@ def test_index_whose_lists_lie_in_another_file_is_refused(tmp_path):
     faiss.write_index(index, str(tmp_path / "000002" / "index.faiss"))
 
     class Keys(list):
-        width = 8
+        width, metric = 8, "squared_l2"
 
     class Part:
         name, files, details = "000002", {"index.faiss": {}}, {"nprobe": 1, "stores_keys": True}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from memlm.cache import Cache
 from memlm.errors import ConfigError
 from memlm.evidence import Evidence
-from memlm.mixtures import CacheMixture, GateMixture, KnnMixture, SharedCacheMixture, load_mixture
+from memlm.mixtures import CacheMixture, GateMixture, KnnMixture, SharedCacheMixture, TrimeMixture, load_mixture
 from memlm.mixtures import _mixture as mixture_module
 from memlm.mixtures._saved import KINDS
 from planted import belief, memory
@@ -51,6 +51,7 @@ MIXTURES = {
     "learned": (learned(threshold=0.4), evidence()),
     "cache": (LINEAR, with_cache()),
     "shared-cache": (SharedCacheMixture(bias=-1.0, scale=0.5, length=K), with_cache()),
+    "trime": (TrimeMixture(temperature=0.8, forgetting=0.1, k=K, length=K, interpolation_weight=0.2), evidence(2)),
     "gate": (OVER_THREE, evidence(3)),
     "nested gate": (NESTED, evidence(2)),
 }

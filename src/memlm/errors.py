@@ -8,7 +8,7 @@ MemlmError
 │   ├── UnsupportedArchitecture   no key site was found in the model
 │   └── EndpointError      a model behind an endpoint that cannot be reached, or answers something else
 └── DatastoreError         a datastore that cannot be opened or used
-    ├── DatastoreMismatch  it was built with another model, tokenizer or key site
+    ├── DatastoreMismatch  it was built with another model, tokenizer, key site or metric
     ├── DatastoreCorrupt   its files are damaged or unsafe
     ├── FormatVersionError it was written by a newer memlm
     ├── KeyOverflow        keys are not finite in the stored type
@@ -52,7 +52,7 @@ class DatastoreError(MemlmError):
 
 
 class DatastoreMismatch(DatastoreError):
-    """A datastore was built with another model, tokenizer or key site."""
+    """A datastore was built with another model, tokenizer or key site, or is searched by another metric."""
 
 
 class DatastoreCorrupt(DatastoreError):

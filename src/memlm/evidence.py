@@ -8,12 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# What a smaller distance means; the names are those of a datastore's manifest.
+SQUARED_L2, INNER_PRODUCT = METRICS = ("squared_l2", "inner_product")
+
 
 class Found(NamedTuple):
     """What one memory found for n targets, k neighbors each.
 
     Attributes:
-        distances: Squared L2, or the negative inner product in a cache; float32, shape (n, k).
+        distances: Squared L2 or the negative inner product, as the datastore's metric says; the latter in a cache;
+            float32, shape (n, k).
         tokens: The neighbors' values, int64, shape (n, k).
         present: Bool, shape (n, k); False where fewer than k were found.
         entries: Where they stand in the memory, int64, shape (n, k); a pass that is kept holds the first column alone.

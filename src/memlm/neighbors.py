@@ -13,7 +13,8 @@ class Neighbors(NamedTuple):
 
     Attributes:
         entries: Entry numbers, int64, shape (n, k); 0 where absent.
-        distances: Squared L2 to the stored keys, float32, shape (n, k); +inf where absent.
+        distances: To the stored keys: squared L2 or the negative inner product, as the datastore's metric says;
+            float32, shape (n, k); +inf where absent.
         present: Bool, shape (n, k). False where fewer than k entries were found; such places are always last.
     """
 

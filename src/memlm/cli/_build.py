@@ -17,6 +17,9 @@ def build(
     text: common.Text,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the datastore to make.")],
     index: Annotated[str, typer.Option(help="auto, exact, or a FAISS factory string such as IVF1024,SQ8.")] = "auto",
+    metric: Annotated[
+        str, typer.Option(help="squared-l2, or inner-product for models trained by TRIME.")
+    ] = "squared-l2",
     key_dtype: Annotated[str, typer.Option(help="Type in which keys are stored: float16 or bfloat16.")] = "float16",
     dtype: common.Dtype = "float32",
     device: common.Device = None,
@@ -34,7 +37,8 @@ def build(
     lm = common.load_model(model, dtype, device, key_site, context, stride)
     corpus = Corpus([str(path) for path in text])
     try:
-        memory = Datastore.build(lm, corpus, output, index=index, key_dtype=key_dtype)
+        metric = metric.replace("-", "_")
+        memory = Datastore.build(lm, corpus, output, index=index, metric=metric, key_dtype=key_dtype)
     except IndexError_ as error:
         if (output / "manifest-000001.json").exists():
             raise IndexError_(f"{error}. {output} was made, with exact search; remove it to build again") from error

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(help="'reference', a folder made by save_pretrained, or a name on the hub.")]
 Memory = Annotated[Path, typer.Argument(help="Folder of the datastore.", metavar="DATASTORE")]
+MemoryOrNone = Annotated[
+    Path, typer.Argument(help="Folder of the datastore; 'none' where a cache is all the memory.", metavar="DATASTORE")
+]
 Text = Annotated[list[Path], typer.Argument(help="Files or folders of text: .txt, .md, .jsonl[.gz|.xz|.zst], ….")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
@@ -75,8 +78,17 @@ def load_model(
     return lm
 
 
-def load_for(memory: Datastore, name: str, dtype: str, device: str | None) -> LanguageModel:
+def open_memory(path: Path) -> Datastore | None:
+    """Open a datastore; None for the word none, which no folder here may then have as its name."""
+    from ..datastore import Datastore
+
+    return None if str(path) == "none" else Datastore(path)
+
+
+def load_for(memory: Datastore | None, name: str, dtype: str, device: str | None) -> LanguageModel:
     """Load the model of a datastore, with its key site and windows; refuse another one."""
+    if memory is None:
+        return load_model(name, dtype, device, None, None, None)
     encoder, windows = memory.manifest.encoder, memory.manifest.windows
     try:
         lm = load_model(name, dtype, device, encoder["key_site"]["name"], windows["context"], windows["stride"])
@@ -102,33 +114,37 @@ def open_all(
     Returns:
         The model, the memories that the mixture is for (the datastore, a cache, or both), and the mixture.
     """
-    from ..datastore import Datastore
-    from ..mixtures import DatastoreMixture, KnnMixture
+    from ..mixtures import KnnMixture
 
     memory = None
     if mixture is not None and not mixture.is_file():
-        memory = Datastore(datastore)
+        memory = open_memory(datastore)
         mixture = _find_mixture(mixture, memory)
     settings = load_mixture(mixture, weight, temperature, k)
-    memory = memory or Datastore(datastore)
-    if mixture is None and k is None and isinstance(settings, KnnMixture):
+    memory = memory or open_memory(datastore)
+    if mixture is None and k is None and isinstance(settings, KnnMixture) and memory is not None:
         settings = dataclasses.replace(settings, k=min(settings.k, len(memory)))
     memories = memories_of(settings, memory)
-    for member in getattr(settings, "members", [settings]):
-        if isinstance(member, DatastoreMixture):
-            check_k(member.k, memory)
     return load_for(memory, model, dtype, device), memories, settings
 
 
-def memories_of(mixture: AnyMixture, memory: Datastore) -> list[Datastore | Cache]:
+def memories_of(mixture: AnyMixture, memory: Datastore | None) -> list[Datastore | Cache]:
     """Return what a mixture looks at: the datastore, and a cache where it has a place for one."""
     from ..cache import Cache
-    from ..mixtures import DatastoreMixture
+    from ..mixtures import CACHE
 
-    members = getattr(mixture, "members", [mixture])
-    memories = [memory if isinstance(member, DatastoreMixture) else Cache(member.ks[0]) for member in members]
-    if memories.count(memory) > 1:
-        raise ConfigError("this mixture is for several datastores, the command line takes one; use it from Python")
+    memories: list[Datastore | Cache] = []
+    for kind, k in zip(mixture.expects, mixture.ks, strict=True):
+        if kind == CACHE:
+            memories.append(Cache(k))
+        elif memory is None:
+            raise ConfigError("this mixture searches a datastore, none is given; name one in the place of none")
+        elif memory in memories:
+            raise ConfigError("this mixture is for several datastores, the command line takes one; use it from Python")
+        else:
+            check_k(k, memory)
+            memories.append(memory)
+    mixture.check_memories(memories)
     return memories
 
 
@@ -138,11 +154,15 @@ def mixture_name(memory: Datastore, method: str) -> str:
     return f"{memory.manifest.content_sha256[:12]}-{slug}.json"
 
 
-def _find_mixture(path: Path, memory: Datastore) -> Path:
+def _find_mixture(path: Path, memory: Datastore | None) -> Path:
     """Return the file that a folder with one mixture for a datastore means, or FOLDER/METHOD where there are several.
 
     What means no file is returned as it is.
     """
+    if memory is None:
+        raise ConfigError(
+            f"{path} is no file, and which one of a folder only a datastore could tell; name a file"
+        )
     folder, method = (path, "") if path.is_dir() else (path.parent, path.name)
     named = folder / mixture_name(memory, method)
     if method and named.is_file():
@@ -240,6 +260,11 @@ def check_text(name: str, text: str) -> None:
 def count(number: int, noun: str) -> str:
     """Return a number of things."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def metric_name(metric: str) -> str:
+    """Return a datastore's metric in words."""
+    return {"squared_l2": "squared L2", "inner_product": "inner product"}[metric]
 
 
 def describe_search(details: dict[str, Any]) -> str:

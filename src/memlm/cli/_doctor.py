@@ -30,8 +30,16 @@ def doctor(
         from ..datastore import Datastore
 
         memory = Datastore(datastore)  # raises where a file is damaged
-        report["datastore"] = {"path": str(datastore), "entries": len(memory), "files": "match their checksums"}
-        lines.append(f"{'datastore':<13} {datastore}: {len(memory):,} entries; all files match their checksums")
+        report["datastore"] = {
+            "path": str(datastore),
+            "entries": len(memory),
+            "metric": memory.metric,
+            "files": "match their checksums",
+        }
+        lines.append(
+            f"{'datastore':<13} {datastore}: {len(memory):,} entries, searched by "
+            f"{common.metric_name(memory.metric)}; all files match their checksums"
+        )
         if model is not None:
             report["keys"] = _recompute(memory, model, documents)
             recomputed, median, largest = report["keys"].values()

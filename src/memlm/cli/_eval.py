@@ -7,7 +7,7 @@ from . import _common as common
 
 def evaluate(
     model: common.Model,
-    datastore: common.Memory,
+    datastore: common.MemoryOrNone,
     text: common.Text,
     mixture: common.Mixture = None,
     weight: common.Weight = None,

@@ -13,7 +13,7 @@ from . import _common as common
 
 def explain(
     model: common.Model,
-    datastore: common.Memory,
+    datastore: common.MemoryOrNone,
     text: Annotated[str, typer.Argument(help="The text itself, or @FILE for the first document of a file.")],
     mixture: common.Mixture = None,
     weight: common.Weight = None,

@@ -12,7 +12,7 @@ from . import _common as common
 
 def generate(
     model: common.Model,
-    datastore: common.Memory,
+    datastore: common.MemoryOrNone,
     prompt: Annotated[str, typer.Argument(help="Beginning of the text.")],
     mixture: common.Mixture = None,
     weight: common.Weight = None,

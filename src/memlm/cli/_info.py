@@ -33,6 +33,7 @@ def _described(info: dict[str, Any]) -> str:
         "tokenizer": f"{info['tokenizer']['vocab_size']:,} tokens, {info['tokenizer']['sha256'][:12]}",
         "keys": f"{site['name']} ({site['path']}, {site['tensor']}), {info['keys']['width']} × {info['keys']['dtype']}",
         "windows": f"{info['windows']['stride']} tokens after {info['windows']['context']} of context",
+        "metric": common.metric_name(info["metric"]),
         "search": search,
         "files": "all match their checksums",
     }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DatastoreCorrupt, ShapeError
-from ..evidence import Found
+from ..evidence import METRICS, SQUARED_L2, Found
 from ..index import Index, build_index, check_factory, open_index
 from ..neighbors import Neighbors
 from ._build import Encoder, build_segments
@@ -81,6 +81,7 @@ class Datastore:
         path: str | Path,
         *,
         index: str = "auto",
+        metric: str = SQUARED_L2,
         key_dtype: str = "float16",
         segment_entries: int = 1 << 20,
         show_progress: bool = True,
@@ -92,21 +93,26 @@ class Datastore:
             source: Documents; anything that `Corpus` takes.
             path: Folder to make.
             index: "auto", "exact", or a FAISS factory string; see `build_index`.
+            metric: "squared_l2", or "inner_product" for TRIME; distances are then negative inner products.
             key_dtype: "float16" or "bfloat16".
             segment_entries: Entries a segment, about; a document is never divided. Bounds the text held in memory.
             show_progress: Show rate and time left on stderr.
 
         Raises:
+            ConfigError: The metric or the key type is not known.
             CorpusError: No text, or unreadable text.
             DatastoreError: The folder is taken, the disk is full, keys are not finite, or the index cannot be built. In
                 the last case, and when interrupted while the index is built, a datastore with exact search is left.
         """
         path = Path(path)
-        check_factory(index, encoder.key_width)
+        if metric not in METRICS:
+            raise ConfigError(f"metric is {metric!r}; expected {' or '.join(METRICS)}")
+        check_factory(index, encoder.key_width, metric)
         build_segments(
             encoder,
             source,
             path,
+            metric=metric,
             key_dtype=key_dtype,
             segment_entries=segment_entries,
             show_progress=show_progress,
@@ -138,6 +144,11 @@ class Datastore:
     def key_dtype(self) -> str:
         """Type in which keys are stored."""
         return self.manifest.keys["dtype"]
+
+    @property
+    def metric(self) -> str:
+        """What distances are: "squared_l2", or "inner_product" for negative inner products."""
+        return self.manifest.metric
 
     def key_blocks(self, rows: int = 1 << 16) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """Yield (first entry, keys as float32 of shape (at most `rows`, width)) over the whole datastore."""
@@ -298,6 +309,7 @@ class Datastore:
             "encoder": manifest.encoder,
             "tokenizer": manifest.tokenizer,
             "windows": manifest.windows,
+            "metric": manifest.metric,
             "keys": manifest.keys,
             "values": manifest.values,
             "corpus": manifest.corpus,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DatastoreCorrupt, DatastoreError, DatastoreMismatch, FormatVersionError
+from ..evidence import METRICS
 from ..files import file_sha256, sync_directory, sync_file, write_json
 
 FORMAT = "memlm-datastore"
@@ -143,8 +144,8 @@ class Manifest:
         if self.version != version:
             raise ValueError(f"its version is {self.version}, its name says {version}")
         datetime.fromisoformat(self.created)
-        if self.metric != "squared_l2":
-            raise ValueError(f"its metric is {self.metric!r}; expected 'squared_l2'")
+        if self.metric not in METRICS:
+            raise ValueError(f"its metric is {self.metric!r}; expected {' or '.join(METRICS)}")
         if self.keys["dtype"] not in ("float16", "bfloat16") or not 0 < self.keys["width"] < 1 << 31:
             raise ValueError(f"its keys are {self.keys}; expected float16 or bfloat16 of a positive width")
         if not 0 < self.entries < 1 << 48:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from ..errors import ConfigError
-from ..evidence import Found
+from ..evidence import INNER_PRODUCT, Found
 from ..neighbors import Neighbors
 from ._datastore import Datastore
 
@@ -64,6 +64,11 @@ class Pointers:
 
     def __len__(self) -> int:
         return len(self.memory)
+
+    @property
+    def metric(self) -> str:
+        """What distances are; see `Datastore.metric`."""
+        return self.memory.metric
 
     def lookup(
         self,
@@ -168,13 +173,17 @@ def _follow_pointers(
 
 
 def _distances(memory: Datastore, queries: Floats, rows: Ints, entries: Ints) -> Floats:
-    """Return the squared L2 of each query row to one entry, float32, shape (pairs,)."""
+    """Return the distance of each query row to one entry, by the datastore's metric, float32, shape (pairs,)."""
     result = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), _MEASURED_TOGETHER):
         part = slice(start, start + _MEASURED_TOGETHER)
         keys = memory.gather_keys(entries[part]).float()
-        keys -= torch.from_numpy(queries[rows[part]])
-        result[part] = torch.einsum("nw,nw->n", keys, keys).numpy()
+        asked = torch.from_numpy(queries[rows[part]])
+        if memory.metric == INNER_PRODUCT:
+            result[part] = -torch.einsum("nw,nw->n", keys, asked).numpy()
+        else:
+            keys -= asked
+            result[part] = torch.einsum("nw,nw->n", keys, keys).numpy()
     return result
 
 

@@ -15,6 +15,7 @@ from ._tune import Tuning as Tuning
 from ._tune import check_kind as check_kind
 from ._tune import tune as tune
 from ._tune import tune_report as tune_report
+from ._tune_trime import tune_trime as tune_trime
 
 __all__ = [
     "Comparison",
@@ -32,4 +33,5 @@ __all__ = [
     "overlap",
     "tune",
     "tune_report",
+    "tune_trime",
 ]

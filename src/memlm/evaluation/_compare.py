@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from ..cache import Cache
 from ..datastore import Datastore
-from ..mixtures import HeldOut, LearnedMixture, skipping_curve
+from ..evidence import SQUARED_L2
+from ..mixtures import HeldOut, KnnMixture, LearnedMixture, check_memory, skipping_curve
 from ..models import LanguageModel
 from ._analysis import analyze
 from ._bootstrap import units
@@ -46,8 +47,10 @@ def compare(
 
     Raises:
         CorpusError: No text.
-        DatastoreMismatch: The datastore was built with another model, tokenizer or key site.
+        DatastoreMismatch: The datastore was built with another model, tokenizer or key site, or is not searched by
+            squared L2.
     """
+    check_memory(KnnMixture.kind, SQUARED_L2, memory)
     settings = {"max_k": max_k, "cache": cache, "max_tokens": max_tokens, "show_progress": show_progress}
     sides = [
         read(lm, memory, source, description=f"reading {name}", **settings)

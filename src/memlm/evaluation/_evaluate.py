@@ -155,8 +155,10 @@ def evaluate(
 
     Raises:
         CorpusError: No text.
-        DatastoreMismatch: The datastore was built with another model, tokenizer or key site.
+        DatastoreMismatch: The datastore was built with another model, tokenizer or key site, or a memory is not of the
+            kind that the mixture is for.
     """
+    mixture.check_memories(as_memories(memory))
     text = source if isinstance(source, Text) else Text(lm, source, max_tokens)
     targets = np.zeros(text.tokens, np.int64)
     lm_log_probs, log_probs = np.zeros(text.tokens), np.zeros(text.tokens)

@@ -42,9 +42,11 @@ def explain(
             generated: it was written with every document at hand.
 
     Raises:
-        DatastoreMismatch: The datastore was built with another model, tokenizer or key site.
+        DatastoreMismatch: The datastore was built with another model, tokenizer or key site, or a memory is not of the
+            kind that the mixture is for.
     """
     memories = as_memories(memory)
+    mixture.check_memories(memories)
     document = Document(id="text", text=text)
     tokenized = lm.tokenize(document)
     length = len(tokenized.ids)

@@ -23,6 +23,7 @@ from ..progress import progress
 
 _GROUP = 1 << 15  # tokens of documents that are cut and batched together
 _SEARCHED_TOGETHER = 1 << 13  # queries
+_RECALLED_TOGETHER = 1 << 23  # entries of a cache, for all queries of a batch
 
 Memory = Datastore | Cache | Pointers
 
@@ -194,7 +195,8 @@ def retrieve(
             if whole:
                 everything = _put_together(list(batches))
                 past = everything.keys[everything.rows.argsort()]
-                batches = _split(everything, any(isinstance(item, Pointers) for item in memories))
+                longest = max((len(item) for item in memories if isinstance(item, Cache)), default=1)
+                batches = _split(everything, any(isinstance(item, Pointers) for item in memories), longest)
             for batch in batches:
                 scored = time.perf_counter()
                 rows = batch.rows + first_row
@@ -253,9 +255,13 @@ def _recall(cache: Cache, keys: Tensor, documents: list[np.ndarray], rows: Tenso
     return Found(*(torch.cat(columns) for columns in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
-def _split(batch: ScoredBatch, pointers: bool) -> Iterator[ScoredBatch]:
-    """Put a batch in the order of the text and cut it into smaller ones; with pointers it stays whole: more streams."""
-    for rows in batch.rows.argsort().split(len(batch.rows) if pointers else _SEARCHED_TOGETHER):
+def _split(batch: ScoredBatch, pointers: bool, longest: int) -> Iterator[ScoredBatch]:
+    """Put a batch in the order of the text and cut it into smaller ones, the more the longer the longest cache is.
+
+    With pointers it stays whole: more streams.
+    """
+    together = max(1, min(_SEARCHED_TOGETHER, _RECALLED_TOGETHER // longest))
+    for rows in batch.rows.argsort().split(len(batch.rows) if pointers else together):
         belief = None if batch.belief is None else Belief(*(part[rows] for part in batch.belief))
         rest = batch.rows[rows], batch.targets[rows], batch.log_probs[rows], batch.keys[rows]
         yield ScoredBatch(*rest, belief)

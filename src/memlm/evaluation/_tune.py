@@ -13,14 +13,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..datastore import Datastore
 from ..errors import ConfigError
+from ..evidence import SQUARED_L2
 from ..mixtures import (
     FITTED,
     HeldOut,
     KnnMixture,
     Mixture,
+    TrimeMixture,
     best_weight,
+    check_memory,
     choose,
     fit,
     folds,
@@ -40,7 +42,7 @@ class Tuning:
     """What tuning found.
 
     Attributes:
-        mixture: The best settings; λ = 0 where the memory does not help.
+        mixture: The best settings; λ = 0 where the memory does not help and the kind has such a λ.
         helps: Whether the gain's 95 % interval lies above zero.
         best: The best settings on the grid, whether they help or not.
         lm_perplexity: Of the model alone, per token, on the held-out text.
@@ -77,13 +79,15 @@ class Tuning:
         settings = f"{best.describe()}"
         if self.helps:
             return f"memory helps: {change} with {settings}; gain {self.gain}"
-        return f"memory does not help here: at best {change} with {settings}; gain {self.gain}; λ is set to 0"
+        end = "leave the memory out" if self.mixture is best else "λ is set to 0"
+        return f"memory does not help here: at best {change} with {settings}; gain {self.gain}; {end}"
 
 
-def tune(lm: Scorer, memory: Datastore, source: Any, **settings: Any) -> Mixture:
+def tune(lm: Scorer, memory: Any, source: Any, **settings: Any) -> Mixture:
     """Choose λ, temperature and k by the likelihood of held-out text; see `tune_report` for the settings.
 
-    Warns where the memory does not help; the mixture returned is then the model alone (λ = 0).
+    Warns where the memory does not help; the mixture returned is then the model alone (λ = 0), but for "trime", which
+    has no such setting.
     """
     report = tune_report(lm, memory, source, **settings)
     if not report.helps:
@@ -93,7 +97,7 @@ def tune(lm: Scorer, memory: Datastore, source: Any, **settings: Any) -> Mixture
 
 def tune_report(
     lm: Scorer,
-    memory: Datastore,
+    memory: Any,
     source: Any,
     *,
     kind: str = "knn",
@@ -108,11 +112,11 @@ def tune_report(
 
     Args:
         lm: The model that made the datastore's keys, or a `BlackBox` whose encoder made them.
-        memory: The datastore.
+        memory: The datastore; for "trime" see `tune_trime`.
         source: Held-out text: neither stored nor reported on.
         kind: How λ is set: "knn" (one λ), "buckets", "exponential" or "logistic" (by the nearest distance), "learned"
-            (by the context, before any search), "adapter" (by neighbors and model, with p_kNN reshaped), or "auto", the
-            best of these in cross-validation.
+            (by the context, before any search), "adapter" (by neighbors and model, with p_kNN reshaped), "auto", the
+            best of these in cross-validation, or "trime" (one softmax with the vocabulary).
         max_k: Most neighbors.
         max_tokens: Targets used; None uses all.
         show_progress: Show rate and time left on stderr.
@@ -120,9 +124,15 @@ def tune_report(
     Raises:
         ConfigError: The kind is not known.
         CorpusError: No text.
-        DatastoreMismatch: The datastore was built with another model, tokenizer or key site.
+        DatastoreMismatch: The datastore was built with another model, tokenizer or key site, or is searched by another
+            metric than the kind is for.
     """
     check_kind(kind)
+    if kind == TrimeMixture.kind:
+        from ._tune_trime import tune_trime  # which makes a Tuning
+
+        return tune_trime(lm, memory, source, max_k=max_k, max_tokens=max_tokens, show_progress=show_progress)
+    check_memory(kind, SQUARED_L2, memory)
     text = Text(lm, source, max_tokens)
     k = min(max_k, len(memory))
     beliefs = kind not in ("knn", "buckets", "exponential", "logistic")
@@ -133,8 +143,9 @@ def tune_report(
 
 def check_kind(kind: str) -> None:
     """Raise ConfigError unless this is a kind of mixture, or "auto"."""
-    if kind not in (*FITTED, "auto"):
-        raise ConfigError(f"the kind of mixture is {kind!r}; expected one of {', '.join(FITTED)}, or auto")
+    kinds = (*FITTED, TrimeMixture.kind)
+    if kind not in (*kinds, "auto"):
+        raise ConfigError(f"the kind of mixture is {kind!r}; expected one of {', '.join(kinds)}, or auto")
 
 
 def tune_cached(

@@ -42,10 +42,10 @@ def auto_factory(entries: int, width: int, key_dtype: str) -> str:
     return f"IVF{lists},{'SQbf16' if key_dtype == 'bfloat16' else 'SQfp16'}"
 
 
-def check_factory(factory: str, width: int) -> None:
-    """Raise IndexError_ unless `build_index` knows this factory for keys of this width."""
+def check_factory(factory: str, width: int, metric: str) -> None:
+    """Raise IndexError_ unless `build_index` knows this factory for keys of this width and metric."""
     if factory not in ("auto", "exact"):
-        empty_index(factory, width)
+        empty_index(factory, width, metric)
 
 
 def build_index(keys: Keys, folder: Path, factory: str, *, name: str, show_progress: bool = False) -> Part | None:

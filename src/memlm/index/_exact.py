@@ -12,6 +12,7 @@ import torch  # noqa: F401  (before faiss: both bring an OpenMP runtime)
 import faiss  # isort: skip
 
 from ..neighbors import Neighbors
+from ._metric import FAISS_METRICS, as_distances
 from ._protocol import Keys
 
 _RESIDENT = 2 << 30  # bytes of float32 keys that are kept in memory between searches
@@ -38,12 +39,13 @@ class ExactIndex:
 
     def search(self, queries: npt.NDArray[np.float32], k: int, exclude: tuple[int, int]) -> Neighbors:
         """See `Index.search`."""
-        best = Neighbors.empty(len(queries), k)
+        best, metric = Neighbors.empty(len(queries), k), FAISS_METRICS[self._keys.metric]
         for first, block in self._resident or self._keys.key_blocks(1 << 17):
             for start, stop in _allowed(first, first + len(block), exclude):
                 part = block[start - first : stop - first]
-                distances, rows = faiss.knn(queries, part, min(k, len(part)))
-                best = _merge(best, Neighbors.from_search(np.where(rows >= 0, rows + start, -1), distances), k)
+                scores, rows = faiss.knn(queries, part, min(k, len(part)), metric=metric)
+                entries = np.where(rows >= 0, rows + start, -1)
+                best = _merge(best, Neighbors.from_search(entries, as_distances(scores, metric)), k)
         return best
 
 

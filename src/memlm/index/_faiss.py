@@ -21,6 +21,7 @@ from ..errors import IndexError_
 from ..neighbors import Neighbors
 from ..progress import progress
 from ._exact import ExactIndex
+from ._metric import FAISS_METRICS, as_distances, distances
 from ._protocol import Keys
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class FaissIndex:
             self._faiss = faiss.read_index(str(folder / part.name / "index.faiss"))
             if self._faiss.ntotal != len(keys) or self._faiss.d != keys.width:
                 raise ValueError(f"it holds {self._faiss.ntotal} keys of width {self._faiss.d}")
+            if self._faiss.metric_type != FAISS_METRICS[keys.metric]:
+                raise ValueError(f"it does not search by {keys.metric}")
             ivf = faiss.try_extract_index_ivf(self._faiss)
             lists = ivf.invlists if ivf is not None else None
             if lists is not None and isinstance(faiss.downcast_InvertedLists(lists), faiss.OnDiskInvertedLists):
@@ -109,32 +112,37 @@ def propose(index: Any, queries: npt.NDArray[np.float32], k: int, exclude: tuple
     if isinstance(lists, faiss.IndexIVF) and pays(lists, len(queries)):
         return search_lists(lists, queries, k, exclude)
     if exclude[0] >= exclude[1]:
-        distances, rows = index.search(queries, k)
-        return Neighbors.from_search(rows, distances)
+        return _searched(index, queries, k)
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None and isinstance(faiss.downcast_index(index), faiss.IndexIVF):
         allowed = faiss.IDSelectorNot(faiss.IDSelectorRange(exclude[0], exclude[1]))
         parameters: Any = faiss.SearchParametersIVF
         try:
-            distances, rows = index.search(queries, k, params=parameters(sel=allowed, nprobe=ivf.nprobe))
+            found = _searched(index, queries, k, exclude, params=parameters(sel=allowed, nprobe=ivf.nprobe))
         except RuntimeError as error:
             raise IndexError_(
                 f"this kind of index cannot leave out a document: {_reason(error)}; rebuild it"
             ) from error
-        rows = np.where((rows >= exclude[0]) & (rows < exclude[1]), -1, rows)  # not every kind heeds its selector
-        return _sorted(Neighbors.from_search(rows, distances))
+        return _sorted(found)
     # Other kinds take no selector: ask for so many that enough remain when the range is dropped by number.
     fetch = min(index.ntotal, k + exclude[1] - exclude[0])
     result = Neighbors.empty(len(queries), k)
     step = max(1, _FETCHED_AT_ONCE // fetch)
     for start in range(0, len(queries), step):
-        distances, rows = index.search(queries[start : start + step], fetch)
-        rows = np.where((rows >= exclude[0]) & (rows < exclude[1]), -1, rows)
-        found = Neighbors.from_search(rows, distances)
+        found = _searched(index, queries[start : start + step], fetch, exclude)
         found = found.taken(np.argsort(found.distances, axis=1, kind="stable")[:, :k])
         for whole, part in zip(result, found, strict=True):
             whole[start : start + step] = part
     return result
+
+
+def _searched(
+    index: Any, queries: npt.NDArray[np.float32], k: int, exclude: tuple[int, int] = (0, 0), **settings: Any
+) -> Neighbors:
+    """Let FAISS search, and take out what lies in a range: not every kind heeds its selector."""
+    scores, rows = index.search(queries, k, **settings)
+    rows = np.where((rows >= exclude[0]) & (rows < exclude[1]), -1, rows)
+    return Neighbors.from_search(rows, as_distances(scores, index.metric_type))
 
 
 def _sorted(found: Neighbors) -> Neighbors:
@@ -149,26 +157,29 @@ def rerank(keys: Keys, queries: npt.NDArray[np.float32], found: Neighbors, k: in
     for start in range(0, len(queries), step):
         entries = found.entries[start : start + step]  # (n, fetched)
         stored = keys.gather_keys(entries.ravel()).float().reshape(*entries.shape, keys.width)
-        differences = stored.sub_(torch.from_numpy(queries[start : start + step, None]))
-        exact[start : start + step] = differences.square_().sum(dim=-1).numpy()
+        asked = torch.from_numpy(queries[start : start + step, None])
+        exact[start : start + step] = distances(asked, stored, keys.metric).numpy()
     exact[~found.present] = np.inf
     order = np.argsort(exact, axis=1, kind="stable")[:, :k]
     return found._replace(distances=exact).taken(order)
 
 
-def empty_index(factory: str, width: int) -> Any:
+def empty_index(factory: str, width: int, metric: str) -> Any:
     """Make a FAISS index, not yet trained.
 
     Raises:
-        IndexError_: FAISS does not know the factory string, or it does not go with this width.
+        IndexError_: FAISS does not know the factory string, or it does not go with this width or metric.
     """
     try:
-        return faiss.index_factory(width, factory)
+        index = faiss.index_factory(width, factory, FAISS_METRICS[metric])
     except RuntimeError as error:
         raise IndexError_(
             f"FAISS does not take {factory!r} for keys of width {width}: {_reason(error)}; expected 'auto', 'exact' or "
-            "a factory string such as 'IVF1024,SQ8'"
+            f"a factory string such as 'IVF1024,SQ8' of an index that can search by {metric}"
         ) from error
+    if index.metric_type != FAISS_METRICS[metric]:
+        raise IndexError_(f"FAISS has no {factory!r} that searches by {metric}; name another factory, or 'auto'")
+    return index
 
 
 def _reason(error: RuntimeError) -> str:
@@ -178,7 +189,7 @@ def _reason(error: RuntimeError) -> str:
 
 def _train(keys: Keys, factory: str) -> tuple[Any, bool]:
     """Make an empty, trained index; tell whether it will hold the keys unchanged."""
-    index = empty_index(factory, keys.width)
+    index = empty_index(factory, keys.width, keys.metric)
     ivf = faiss.try_extract_index_ivf(index)
     kind = faiss.downcast_index(index)  # what stands before it, such as a PCA, changes distances
     stores_keys = type(kind) in _STORES_KEYS

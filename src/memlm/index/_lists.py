@@ -30,8 +30,12 @@ Ints = npt.NDArray[np.int64]
 
 
 def pays(ivf: Any, queries: int) -> bool:
-    """Tell whether so many queries are searched faster here than by FAISS, and whether this index allows it."""
-    return _key_dtype(ivf) is not None and 0 < _SHORTEST * ivf.nlist <= queries * ivf.nprobe
+    """Tell whether so many queries are searched faster here than by FAISS, and whether this index allows it.
+
+    Not by inner product: reservoirs are sorted by the bits of distances, none of which may be negative.
+    """
+    allowed = ivf.metric_type == faiss.METRIC_L2 and _key_dtype(ivf) is not None
+    return allowed and 0 < _SHORTEST * ivf.nlist <= queries * ivf.nprobe
 
 
 def search_lists(ivf: Any, queries: Floats, k: int, exclude: tuple[int, int]) -> Neighbors:

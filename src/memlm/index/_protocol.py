@@ -27,6 +27,11 @@ class Keys(Protocol):
         """Type in which keys are stored."""
         ...
 
+    @property
+    def metric(self) -> str:
+        """What distances are, one of `evidence.METRICS`."""
+        ...
+
     def key_blocks(self, rows: int = ...) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """Yield (first entry, float32 keys) over everything."""
         ...
@@ -37,7 +42,7 @@ class Keys(Protocol):
 
 
 class Index(Protocol):
-    """Nearest-neighbor search over stored keys, by squared L2."""
+    """Nearest-neighbor search over stored keys, by their metric; distances are smaller where keys are nearer."""
 
     @property
     def details(self) -> dict[str, Any]:

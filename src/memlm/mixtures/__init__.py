@@ -15,6 +15,7 @@ from ._fit_cache import fit_cache as fit_cache
 from ._fit_cache import fit_shared_cache as fit_shared_cache
 from ._fit_gate import fit_gate as fit_gate
 from ._fit_learned import skipping_curve as skipping_curve
+from ._fit_trime import fit_trime as fit_trime
 from ._fixed import KnnMixture as KnnMixture
 from ._folds import folds as folds
 from ._gate import GateMixture as GateMixture
@@ -22,13 +23,17 @@ from ._heldout import HeldOut as HeldOut
 from ._heldout import memory_probabilities as memory_probabilities
 from ._heldout import spread as spread
 from ._learned import LearnedMixture as LearnedMixture
+from ._mixture import CACHE as CACHE
 from ._mixture import DatastoreMixture as DatastoreMixture
 from ._mixture import Mixture as Mixture
+from ._mixture import check_memory as check_memory
 from ._mixture import memory_likelihoods as memory_likelihoods
 from ._mixture import nearest as nearest
 from ._saved import load_mixture as load_mixture
+from ._trime import TrimeMixture as TrimeMixture
 
 __all__ = [
+    "CACHE",
     "FITTED",
     "AdapterMixture",
     "BucketMixture",
@@ -42,12 +47,15 @@ __all__ = [
     "LogisticMixture",
     "Mixture",
     "SharedCacheMixture",
+    "TrimeMixture",
     "best_weight",
+    "check_memory",
     "choose",
     "fit",
     "fit_cache",
     "fit_gate",
     "fit_shared_cache",
+    "fit_trime",
     "fits_of",
     "folds",
     "load_mixture",

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import ConfigError
 from ..evidence import Belief, Evidence
-from ._mixture import Mix, Mixture, check_count, check_number, check_weight
+from ._mixture import CACHE, Mix, Mixture, check_count, check_number, check_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,11 @@ class _CacheMixture(Mixture):
     def ks(self) -> tuple[int, ...]:
         """See `Mixture.ks`."""
         return (self.length,)
+
+    @property
+    def expects(self) -> tuple[str, ...]:
+        """See `Mixture.expects`."""
+        return (CACHE,)
 
     def _scores(self, evidence: Evidence) -> Tensor:
         found = evidence.memories[0].nearest(self.length)
@@ -74,7 +79,7 @@ class CacheMixture(_CacheMixture):
         """See `Mixture.mix`."""
         scores = self._scores(evidence)
         some = evidence.memories[0].present.any(dim=1, keepdim=True)
-        return Mix(self.interpolation_weight * some, (_log_shares(scores, some),))
+        return Mix(self.interpolation_weight * some, (log_shares(scores, some),))
 
     def describe(self) -> str:
         """See `Mixture.describe`."""
@@ -109,7 +114,7 @@ class SharedCacheMixture(_CacheMixture):
         some = evidence.memories[0].present.any(dim=1, keepdim=True)
         mass = scores.logsumexp(dim=1).masked_fill(~some[:, 0], -torch.inf)
         weight = ops.shared_softmax_weight(mass, normalizer, self.bias)
-        return Mix(weight[:, None], (_log_shares(scores, some),))
+        return Mix(weight[:, None], (log_shares(scores, some),))
 
     def describe(self) -> str:
         """See `Mixture.describe`."""
@@ -132,6 +137,6 @@ def known_normalizer(belief: Belief | None) -> Tensor:
     return belief.normalizer
 
 
-def _log_shares(scores: Tensor, some: Tensor) -> Tensor:
+def log_shares(scores: Tensor, some: Tensor) -> Tensor:
     """Return log softmax of scores (n, k); a row of −inf where there is nothing, `some` (n, 1) being False."""
     return scores.masked_fill(~some, 0.0).log_softmax(dim=-1).masked_fill(scores.isinf(), -torch.inf)

@@ -50,6 +50,11 @@ class GateMixture(Mixture):
         """See `Mixture.ks`."""
         return tuple(member.ks[0] for member in self.members)
 
+    @property
+    def expects(self) -> tuple[str, ...]:
+        """See `Mixture.expects`."""
+        return tuple(member.expects[0] for member in self.members)
+
     def mix(self, evidence: Evidence) -> Mix:
         """See `Mixture.mix`."""
         mixes = member_mixes(self.members, evidence)

@@ -17,13 +17,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .. import ops
-from ..errors import ConfigError
-from ..evidence import Belief, Evidence, Found
+from ..errors import ConfigError, DatastoreMismatch
+from ..evidence import INNER_PRODUCT, SQUARED_L2, Belief, Evidence, Found
 from ..files import write_atomically, write_json
 from ._network import Network
 
 TENSORS_SUFFIX = ".safetensors"  # of the file beside a mixture's JSON
 _LARGEST_NUMBER = 1e30
+CACHE = "cache"  # a memory that is none of the datastores
+_MEMORIES = {
+    SQUARED_L2: "a datastore searched by squared L2 (`memlm build`)",
+    INNER_PRODUCT: "a datastore searched by inner product (`memlm build --metric inner-product`)",
+    CACHE: "a Cache",
+}
 
 
 class Mix(NamedTuple):
@@ -51,6 +57,11 @@ class Mixture(ABC):
     def ks(self) -> tuple[int, ...]:
         """Neighbors asked of each memory."""
 
+    @property
+    @abstractmethod
+    def expects(self) -> tuple[str, ...]:
+        """What each memory must be: a datastore, by its metric, or `CACHE`."""
+
     @abstractmethod
     def mix(self, evidence: Evidence) -> Mix:
         """Set the weight of every memory and the share of every neighbor."""
@@ -58,6 +69,11 @@ class Mixture(ABC):
     @abstractmethod
     def describe(self) -> str:
         """Say in a few words how it mixes."""
+
+    def check_memories(self, memories: Sequence[Any]) -> None:
+        """Raise DatastoreMismatch unless each memory given is of the kind that this mixture is for."""
+        for expected, memory in zip(self.expects, memories, strict=False):
+            check_memory(self.kind, expected, memory)
 
     def wanted(self, belief: Belief) -> Tensor | None:
         """Say for which targets memories are to be searched, bool, shape (n,); None means all."""
@@ -159,6 +175,11 @@ class DatastoreMixture(Mixture):
         """See `Mixture.ks`."""
         return (self.k,)
 
+    @property
+    def expects(self) -> tuple[str, ...]:
+        """See `Mixture.expects`."""
+        return (SQUARED_L2,)
+
     @abstractmethod
     def weights(self, evidence: Evidence) -> Tensor:
         """Return λ of every target, float32, shape (n,); 0 where no neighbor is present."""
@@ -192,6 +213,16 @@ def _plain(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     if isinstance(value, tuple):
         return [_plain(item, tensors, f"{name}{place}.") for place, item in enumerate(value)]
     return value
+
+
+def check_memory(kind: str, expected: str, memory: Any) -> None:
+    """Raise DatastoreMismatch unless a memory is what mixtures of a kind expect; see `Mixture.expects`."""
+    given = getattr(memory, "metric", CACHE)
+    if given != expected:
+        raise DatastoreMismatch(
+            f"the mixture {kind!r} is for {_MEMORIES[expected]}, but the memory given is {_MEMORIES[given]}: "
+            f"{memory!r}; use a memory or a mixture that goes with the other"
+        )
 
 
 def memory_likelihoods(log_shares: Sequence[Tensor], evidence: Evidence, targets: Tensor) -> Tensor:

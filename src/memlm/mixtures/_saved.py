@@ -21,6 +21,7 @@ from ._gate import GateMixture
 from ._learned import LearnedMixture
 from ._mixture import TENSORS_SUFFIX, Mixture
 from ._network import Network
+from ._trime import TrimeMixture
 
 KINDS: dict[str, type[Mixture]] = {
     kind.kind: kind
@@ -34,6 +35,7 @@ KINDS: dict[str, type[Mixture]] = {
         CacheMixture,
         SharedCacheMixture,
         GateMixture,
+        TrimeMixture,
     )
 }
 

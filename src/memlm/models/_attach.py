@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ class Datastore(Protocol):
     """What `attach` needs of a datastore."""
 
     manifest: Any
+    metric: Any
 
     def lookup(self, queries: Any, k: int) -> Found:
         """Return the neighbors with their values."""
@@ -38,6 +39,10 @@ class Mixture(Protocol):
     @property
     def ks(self) -> tuple[int, ...]:
         """Neighbors asked of each memory."""
+        ...
+
+    def check_memories(self, memories: Sequence[Any]) -> None:
+        """Raise unless the memories are of the kinds that the mixture is for."""
         ...
 
     def wanted(self, belief: Belief) -> Tensor | None:
@@ -70,7 +75,8 @@ def attach(model: Any, memory: Any, mixture: Mixture) -> Iterator[Any]:
         The same model.
 
     Raises:
-        DatastoreMismatch: A datastore holds another model's keys.
+        DatastoreMismatch: A datastore holds another model's keys, or a memory is not of the kind that the mixture is
+            for.
         ModelError: A memory is attached already, the key site is not reached, or the mixture is for another number of
             memories.
     """
@@ -80,6 +86,7 @@ def attach(model: Any, memory: Any, mixture: Mixture) -> Iterator[Any]:
     if len(memories) != len(mixture.ks):
         raise ModelError(f"the mixture is for {len(mixture.ks)} memories, {len(memories)} are given; pass one for each")
     site = _common_site(model, memories)
+    mixture.check_memories(memories)
     check_key_site(model, site)
 
     with capture(model, site) as captured:

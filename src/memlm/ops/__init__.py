@@ -9,6 +9,10 @@ from ._knn import aggregate_by_token as aggregate_by_token
 from ._knn import knn_log_probs as knn_log_probs
 from ._knn import knn_log_weights as knn_log_weights
 from ._knn import knn_target_log_probs as knn_target_log_probs
+from ._shared_softmax import capped as capped
+from ._shared_softmax import scaled_similarities as scaled_similarities
+from ._shared_softmax import second_interpolation as second_interpolation
+from ._shared_softmax import shared_softmax_weights as shared_softmax_weights
 from ._weight import LARGEST as LARGEST
 from ._weight import bucket_weight as bucket_weight
 from ._weight import exponential_weight as exponential_weight
@@ -20,6 +24,7 @@ __all__ = [
     "aggregate_by_token",
     "bucket_weight",
     "cache_scores",
+    "capped",
     "exponential_weight",
     "interpolate",
     "interpolate_sparse",
@@ -27,5 +32,8 @@ __all__ = [
     "knn_log_weights",
     "knn_target_log_probs",
     "logistic_weight",
+    "scaled_similarities",
+    "second_interpolation",
     "shared_softmax_weight",
+    "shared_softmax_weights",
 ]
