@@ -9,6 +9,9 @@ from ._knn import aggregate_by_token as aggregate_by_token
 from ._knn import knn_log_probs as knn_log_probs
 from ._knn import knn_log_weights as knn_log_weights
 from ._knn import knn_target_log_probs as knn_target_log_probs
+from ._trime import similarities as similarities
+from ._trime import trime_distribution as trime_distribution
+from ._trime import trime_log_probs as trime_log_probs
 from ._weight import LARGEST as LARGEST
 from ._weight import bucket_weight as bucket_weight
 from ._weight import exponential_weight as exponential_weight
@@ -28,4 +31,7 @@ __all__ = [
     "knn_target_log_probs",
     "logistic_weight",
     "shared_softmax_weight",
+    "similarities",
+    "trime_distribution",
+    "trime_log_probs",
 ]
