@@ -201,5 +201,5 @@ def test_how_often_the_own_segment_is_dropped():
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
 def test_a_share_is_between_0_and_1(share):
-    with pytest.raises(ConfigError, match="drop_own is .*between 0 and 1"):
+    with pytest.raises(ConfigError, match=r"drop_own is .*between 0 and 1"):
         External(drop_own=share)

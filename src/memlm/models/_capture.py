@@ -97,11 +97,11 @@ def forward_with_keys(model: nn.Module, site: KeySite, inputs: dict[str, Any]) -
     with capture(inner, site) as captured:
         output = model(**({"use_cache": False, "return_dict": True} | inputs))
         keys = keys_of(captured, site, *inputs["input_ids"].shape)
-    checkpointed = torch.is_grad_enabled() and model.training and getattr(inner, "is_gradient_checkpointing", False)
-    if checkpointed and output.logits.requires_grad and not keys.requires_grad:
+    cut_off = output.logits.requires_grad and not keys.requires_grad
+    if cut_off and model.training and any(getattr(part, "gradient_checkpointing", False) for part in inner.modules()):
         raise ModelError(
             f"the keys at {site.path} have no gradient: the model's activations are checkpointed by the reentrant "
-            'method. Pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+            "method; checkpoint them with use_reentrant=False"
         )
     return output, keys
 

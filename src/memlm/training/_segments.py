@@ -26,7 +26,8 @@ class Segments(torch.utils.data.Dataset):
     """Segments in the order of an epoch; take `rows_per_batch` of them at a time, without shuffling.
 
     An item is a row of a batch: `input_ids` and `labels`, int64, shape (length,), padded at the right by `padding` and
-    −100; `segment` and `document`, numbers, and `position`, that of the first token in its document.
+    −100, the first label −100, too; `segment` and `document`, numbers, and `position`, that of the first token in its
+    document.
 
     Attributes:
         documents: Token ids of each document, integers, shape (tokens,).
@@ -52,7 +53,8 @@ class Segments(torch.utils.data.Dataset):
         document, first = (int(value) for value in self.cuts[number]) if number >= 0 else (-1, 0)
         ids = self.documents[document][first : first + self.length] if number >= 0 else []
         input_ids, labels = np.full(self.length, self.padding, np.int64), np.full(self.length, IGNORED, np.int64)
-        input_ids[: len(ids)] = labels[: len(ids)] = ids
+        input_ids[: len(ids)] = ids
+        labels[1 : len(ids)] = ids[1:]  # the first is nobody's target: who counts labels counts targets
         return {"input_ids": input_ids, "labels": labels, "segment": number, "document": document, "position": first}
 
 

@@ -38,7 +38,8 @@ class TrimeTrainer(Trainer):
     def __init__(self, *args: Any, loss: TrimeLoss, **kwargs: Any) -> None:
         super().__init__(*args, **({"data_collator": default_data_collator} | kwargs))
         self.trime = loss
-        self.model_accepts_loss_kwargs = True  # asks the Trainer to count targets
+        self.model_accepts_loss_kwargs = True  # asks the Trainer to count targets …
+        self._loss_shifts_labels = True  # … without each row's first label, whatever the model's own loss is
         if self.args.n_gpu > 1:
             raise ConfigError(
                 "several GPUs in one process would tear batches apart; start one process a GPU by torchrun"
