@@ -160,9 +160,7 @@ def _find_mixture(path: Path, memory: Datastore | None) -> Path:
     What means no file is returned as it is.
     """
     if memory is None:
-        raise ConfigError(
-            f"{path} is no file, and which one of a folder only a datastore could tell; name a file"
-        )
+        raise ConfigError(f"{path} is no file, and which one of a folder only a datastore could tell; name a file")
     folder, method = (path, "") if path.is_dir() else (path.parent, path.name)
     named = folder / mixture_name(memory, method)
     if method and named.is_file():

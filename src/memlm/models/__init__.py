@@ -2,6 +2,7 @@
 
 from ._attach import attach as attach
 from ._black_box import BlackBox as BlackBox
+from ._capture import forward_with_keys as forward_with_keys
 from ._language_model import LanguageModel as LanguageModel
 from ._language_model import ScoredBatch as ScoredBatch
 from ._language_model import Scorer as Scorer
@@ -18,6 +19,7 @@ __all__ = [
     "Scorer",
     "attach",
     "find_key_site",
+    "forward_with_keys",
     "load",
     "reference_lm",
 ]

@@ -82,6 +82,30 @@ def keys_of(captured: Captured, site: KeySite, batch: int, width: int) -> Tensor
     return keys.reshape(batch, width, keys.shape[-1])
 
 
+def forward_with_keys(model: nn.Module, site: KeySite, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+    """Run a model as it is, gradients included, and return its output and the keys, shape (batch, width, key width).
+
+    Args:
+        model: A causal LM, or the same in a wrapper for parallel training, whose `module` it is.
+        site: Where to read, as seen from the causal LM.
+        inputs: What the model is called with; `input_ids` must be among it.
+
+    Raises:
+        ModelError: The key site was not reached, or reentrant checkpointing cut the keys off from their gradients.
+    """
+    inner: Any = getattr(model, "module", model)
+    with capture(inner, site) as captured:
+        output = model(**({"use_cache": False, "return_dict": True} | inputs))
+        keys = keys_of(captured, site, *inputs["input_ids"].shape)
+    cut_off = output.logits.requires_grad and not keys.requires_grad
+    if cut_off and model.training and any(getattr(part, "gradient_checkpointing", False) for part in inner.modules()):
+        raise ModelError(
+            f"the keys at {site.path} have no gradient: the model's activations are checkpointed by the reentrant "
+            "method; checkpoint them with use_reentrant=False"
+        )
+    return output, keys
+
+
 @torch.no_grad()
 def forward_to_site(model: nn.Module, site: KeySite, input_ids: Tensor, **kwargs: Any) -> Tensor:
     """Run a model as far as the key site and return the keys, shape (batch, width, key width).

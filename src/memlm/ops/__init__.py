@@ -13,6 +13,9 @@ from ._shared_softmax import capped as capped
 from ._shared_softmax import scaled_similarities as scaled_similarities
 from ._shared_softmax import second_interpolation as second_interpolation
 from ._shared_softmax import shared_softmax_weights as shared_softmax_weights
+from ._trime import similarities as similarities
+from ._trime import trime_distribution as trime_distribution
+from ._trime import trime_log_probs as trime_log_probs
 from ._weight import LARGEST as LARGEST
 from ._weight import bucket_weight as bucket_weight
 from ._weight import exponential_weight as exponential_weight
@@ -36,4 +39,7 @@ __all__ = [
     "second_interpolation",
     "shared_softmax_weight",
     "shared_softmax_weights",
+    "similarities",
+    "trime_distribution",
+    "trime_log_probs",
 ]

@@ -1,7 +1,33 @@
-"""Training: the reference language model."""
+"""Training: the reference language model, and models that learn to use a memory."""
 
+from ._bm25 import bm25_chain as bm25_chain
 from ._language_model import train_language_model as train_language_model
+from ._memories import External as External
+from ._memories import Local as Local
+from ._memories import LongTerm as LongTerm
+from ._memories import Places as Places
+from ._memories import TrainingMemory as TrainingMemory
 from ._recipe import Recipe as Recipe
 from ._recipe import load_recipe as load_recipe
+from ._segments import Segments as Segments
+from ._segments import bm25_segments as bm25_segments
+from ._segments import consecutive_segments as consecutive_segments
+from ._trainer import TrimeTrainer as TrimeTrainer
+from ._trime import TrimeLoss as TrimeLoss
 
-__all__ = ["Recipe", "load_recipe", "train_language_model"]
+__all__ = [
+    "External",
+    "Local",
+    "LongTerm",
+    "Places",
+    "Recipe",
+    "Segments",
+    "TrainingMemory",
+    "TrimeLoss",
+    "TrimeTrainer",
+    "bm25_chain",
+    "bm25_segments",
+    "consecutive_segments",
+    "load_recipe",
+    "train_language_model",
+]

@@ -1,0 +1,125 @@
+"""Which positions of a batch a position may look at while a model is trained (TRIME, Zhong et al. 2022, section 3.2).
+
+An entry of the memory is a position's key with the token that comes next. Training memories are objects in a list, and
+the list is their union: `[Local()]`, `[Local(), LongTerm()]`, `[Local(), External()]` are the three of the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+
+class Places(NamedTuple):
+    """Where the targets of a batch stand, all of them in a row; padding and ignored labels are not among them.
+
+    Attributes:
+        segments: Number of the segment, int64, shape (n,).
+        documents: Number of the document, int64, shape (n,).
+        positions: Position in the document, int64, shape (n,).
+    """
+
+    segments: Tensor
+    documents: Tensor
+    positions: Tensor
+
+    @property
+    def in_own_segment(self) -> Tensor:
+        """Whether two targets are of one segment, bool, shape (n, n)."""
+        return self.segments[:, None] == self.segments
+
+
+class TrainingMemory(Protocol):
+    """Says what may be seen."""
+
+    def visible(self, places: Places) -> Tensor:
+        """Return whether the target in row i may see the entry in column j, bool, shape (n, n)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Local:
+    """Earlier positions of the same segment."""
+
+    def visible(self, places: Places) -> Tensor:
+        """Return what each target may see; see `TrainingMemory`."""
+        return places.in_own_segment & _is_earlier(places)
+
+
+@dataclass(frozen=True)
+class LongTerm:
+    """Earlier segments of the same document, as far as they are in the batch; see `consecutive_segments`."""
+
+    def visible(self, places: Places) -> Tensor:
+        """Return what each target may see; see `TrainingMemory`."""
+        in_document = places.documents[:, None] == places.documents
+        return in_document & ~places.in_own_segment & _is_earlier(places)
+
+
+@dataclass(frozen=True)
+class External:
+    """All positions of the other segments in the batch, which stand for a datastore; see `bm25_segments`.
+
+    What `Local` shows is near and good, and a model that always has it learns nothing about the rest: it is therefore
+    taken away from most segments.
+
+    Attributes:
+        drop_own: Share of the segments, drawn anew for every update, that may not look at themselves.
+
+    Raises:
+        ConfigError: The share is not in [0, 1].
+    """
+
+    drop_own: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_own <= 1:
+            raise ConfigError(f"drop_own is {self.drop_own}; expected a share between 0 and 1")
+
+    def visible(self, places: Places) -> Tensor:
+        """Return what each target may see; see `TrainingMemory`."""
+        return ~places.in_own_segment
+
+    def drops(self, segments: Tensor, draw: tuple[int, int]) -> Tensor:
+        """Return whether the segment of each target may not look at itself, bool, shape (n,).
+
+        Args:
+            segments: Numbers, int64, shape (n,).
+            draw: Seed and number of the update. A segment's fate depends on these and its number alone, so there is no
+                state that a resumed run would have to restore.
+        """
+        numbers, where = torch.unique(segments, return_inverse=True)
+        drawn = [np.random.default_rng((*draw, number)).random() < self.drop_own for number in numbers.tolist()]
+        return torch.tensor(drawn, dtype=torch.bool, device=segments.device)[where]
+
+
+def visible(memories: Sequence[TrainingMemory], places: Places, draw: tuple[int, int] | None = None) -> Tensor:
+    """Return what each target of a batch may see of the batch: the union of the memories.
+
+    Args:
+        memories: Any number; without one there is nothing to see.
+        places: Where the n targets stand.
+        draw: Seed and number of the update, for `External.drop_own`; None, as in evaluation, drops nothing.
+
+    Returns:
+        Bool, shape (n, n): True where the target in row i may see the entry in column j.
+    """
+    count = len(places.positions)
+    allowed = torch.zeros((count, count), dtype=torch.bool, device=places.positions.device)
+    for memory in memories:
+        allowed |= memory.visible(places)
+    for memory in memories:
+        if isinstance(memory, External) and draw is not None:
+            allowed &= ~(memory.drops(places.segments, draw)[:, None] & places.in_own_segment)
+    return allowed
+
+
+def _is_earlier(places: Places) -> Tensor:
+    return places.positions < places.positions[:, None]

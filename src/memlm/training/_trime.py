@@ -1,0 +1,150 @@
+"""The loss of a model that is trained with its memory (TRIME, Zhong, Lei, Chen 2022, arXiv:2205.12674).
+
+Memory and queries are of one batch and of one forward pass, so gradients reach both. The batch is that of any causal
+LM, `input_ids` and `labels`, with three more fields a row: see `Segments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import ConfigError
+from ..models import find_key_site, forward_with_keys
+from ._memories import LongTerm, Places, TrainingMemory, visible
+
+PLACES = ("segment", "document", "position")
+IGNORED = -100
+
+
+class TargetLogProbs(NamedTuple):
+    """log P of the targets of a batch, natural logs.
+
+    Attributes:
+        with_memory: Under one softmax over vocabulary and memory, float32, shape (n,).
+        without_memory: Of the model alone, float32, shape (n,).
+    """
+
+    with_memory: Tensor
+    without_memory: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimeLoss:
+    """Negative log likelihood of a batch under one softmax over vocabulary and memory (eq. 5 of the paper).
+
+    Attributes:
+        memories: What may be seen; an empty list is the plain loss.
+        warmup: Share of the updates, at the start, that take the plain loss: keys must mean something first.
+        temperature: Of the memory; 1 in the paper's training.
+        seed: Of `External.drop_own`.
+        key_site: See `memlm.models.find_key_site`.
+
+    Raises:
+        ConfigError: The share is not in [0, 1].
+
+    Example:
+        A training loop of one's own::
+
+            loss_of = TrimeLoss(memories=[Local(), LongTerm()])
+            for update, batch in enumerate(batches):
+                loss_of(model, batch, update=update, updates=1000).backward()
+    """
+
+    memories: Sequence[TrainingMemory]
+    warmup: float = 0.05
+    temperature: float = 1.0
+    seed: int = 0
+    key_site: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"warmup is {self.warmup}; expected a share of the updates, between 0 and 1")
+
+    def __call__(
+        self, model: Any, batch: Mapping[str, Tensor], *, update: int, updates: int, targets: Tensor | int | None = None
+    ) -> Tensor:
+        """Return the loss of a batch, nats a target, a float32 scalar with gradients.
+
+        Args:
+            model: Any Hugging Face causal LM.
+            batch: `input_ids` and `labels`, int64, shape (rows, length): as everywhere in transformers, a position is
+                scored against the next one's label, and −100 is ignored. `segment`, `document` and `position` (of the
+                row's first token in its document), int64, shape (rows,); without them a row is a segment and a document
+                of its own. Anything else goes to the model.
+            update: Number of this update, from 0.
+            updates: How many there will be.
+            targets: What to divide by, where gradients of several batches are added up; None means the targets of this
+                batch.
+
+        Returns:
+            Zero, with gradients of zero, where the batch has no targets.
+
+        Raises:
+            ConfigError: `LongTerm` is asked for, but the batch does not say of which documents its rows are.
+            ModelError: Keys cannot be read with gradients; see `forward_with_keys`.
+        """
+        if update < self.warmup * updates:
+            log_probs = plain_log_probs(model, batch)
+        else:
+            log_probs = self.log_probs(model, batch, draw=(self.seed, update)).with_memory
+        return -log_probs.sum() / (max(1, len(log_probs)) if targets is None else targets)
+
+    def log_probs(self, model: Any, batch: Mapping[str, Tensor], draw: tuple[int, int] | None = None) -> TargetLogProbs:
+        """Return log P of the targets of a batch, with memory and without, from one forward pass.
+
+        Args:
+            model: As for the loss.
+            batch: As for the loss.
+            draw: Seed and number of the update; None, for evaluation, drops no memory.
+        """
+        site = find_key_site(getattr(model, "module", model), self.key_site)
+        output, keys = forward_with_keys(model, site, _inputs(batch))
+        kept, tokens = _targets(batch)
+        logits, keys = output.logits[:, :-1][kept].float(), keys[:, :-1][kept]  # (n, vocabulary), (n, key width)
+        allowed = visible(self.memories, self._places(batch, kept), draw)
+        similarities = ops.similarities(keys, keys)
+        with_memory = ops.trime_log_probs(logits, similarities, allowed, tokens, tokens, self.temperature)
+        with torch.no_grad():
+            without = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+        return TargetLogProbs(with_memory, without)
+
+    def _places(self, batch: Mapping[str, Tensor], kept: Tensor) -> Places:
+        rows, width = kept.shape
+        if not all(name in batch for name in PLACES):
+            if any(isinstance(memory, LongTerm) for memory in self.memories):
+                raise ConfigError(
+                    f"the batch has the fields {', '.join(batch)}; LongTerm needs {', '.join(PLACES)}, too: make the "
+                    "dataset by consecutive_segments"
+                )
+            numbers = torch.arange(rows, device=kept.device)
+            segment, document, position = numbers, numbers, torch.zeros_like(numbers)
+        else:
+            segment, document, position = (batch[name] for name in PLACES)
+        positions = position[:, None] + torch.arange(width, device=kept.device)  # (rows, width)
+        return Places(
+            segment[:, None].expand(kept.shape)[kept], document[:, None].expand(kept.shape)[kept], positions[kept]
+        )
+
+
+def plain_log_probs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return log p_LM of the targets of a batch, float32, shape (n,); arguments as for `TrimeLoss`."""
+    output = model(**({"use_cache": False, "return_dict": True} | _inputs(batch)))
+    kept, tokens = _targets(batch)
+    return -torch.nn.functional.cross_entropy(output.logits[:, :-1][kept].float(), tokens, reduction="none")
+
+
+def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name not in ("labels", *PLACES)}
+
+
+def _targets(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return which positions have a target, bool, shape (rows, length − 1), and the targets in a row, shape (n,)."""
+    following = batch["labels"][:, 1:]
+    kept = following != IGNORED
+    return kept, following[kept]
