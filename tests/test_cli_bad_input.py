@@ -275,7 +275,7 @@ def test_options_that_a_saved_mixture_takes(world, place, kind, option, value, n
         ),
         (
             ["compare", "MODEL", "MEMORY", "--valid", "text.txt", "--test", "text.txt", "--mixtures", "text.txt"],
-            "text.txt is a file; name a folder for the mixtures",
+            "text.txt cannot be written to: text.txt is not a folder",
         ),
         (
             ["compare", "MODEL", "MEMORY", "--valid", "text.txt", "--test", "text.txt", "--save", "a.pdf"],

@@ -113,7 +113,7 @@ def test_what_does_not_go_together_is_refused(world, by_product, saved, tmp_path
         "trime has nothing to look at": ["tune", "none", valid, *trime, "--cache", 0],
         "name a file": ["tune", "none", valid, *trime, "--save", tmp_path],
         "name one in the place of none": ["eval", "none", text, "--mixture", saved],
-        "none is given; name one file": ["eval", "none", text, "--mixture", tmp_path],
+        "which one of a folder only a datastore could tell": ["eval", "none", text, "--mixture", tmp_path],
         "expected at most so many": ["eval", by_product, text, "--mixture", saved, "--k", 10**6],
     }.items():
         verb, *rest = command

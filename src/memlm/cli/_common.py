@@ -226,7 +226,7 @@ def _check_change(loaded: AnyMixture, name: str, value: float, path: Path) -> No
         raise ConfigError(f"{option} is {value}, but {path} ({loaded.kind}) has no such setting; leave {option} out")
     fitted = getattr(loaded, name)
     # k only gives a learned weight more neighbors; an adapter's network looks at all that is settled here
-    if loaded.needs_belief and value != fitted and (name != "k" or loaded.kind == "adapter"):
+    if hasattr(loaded, "network") and value != fitted and (name != "k" or loaded.kind == "adapter"):
         raise ConfigError(
             f"{option} is {value}, but the network of {path} ({loaded.kind}) was fitted with {fitted:.6g}; leave "
             f"{option} out, or fit again by `memlm tune`"

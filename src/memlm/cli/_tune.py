@@ -53,7 +53,7 @@ def tune(
         common.check_k(max_k, memory)
     encoder = common.load_for(memory, model, dtype, device)
     lm = common.behind(endpoint, endpoint_model, top_logprobs, encoder)
-    settings = {"kind": mixture, "max_k": max_k or 1024, "max_tokens": max_tokens}
+    settings = {"kind": mixture, "max_k": 1024 if max_k is None else max_k, "max_tokens": max_tokens}
     report = tune_report(lm, memories if mixture == "trime" else memory, [str(path) for path in text], **settings)
     common.emit({**report.to_dict(), "grid": report.grid}, report.verdict(), json)
     if save is not None:

@@ -94,8 +94,7 @@ def capped(weights: Tensor) -> Tensor:
     """Return weights, shape (n, memories), scaled down where their sum is above 1 − 10⁻⁴.
 
     Example:
-        >>> capped(torch.tensor([[0.5, 0.5], [0.2, 0.1]]))
-        tensor([[0.5000, 0.5000],
-                [0.2000, 0.1000]])
+        >>> capped(torch.tensor([[0.5, 0.5], [0.2, 0.1]])).sum(dim=1)
+        tensor([0.9999, 0.3000])
     """
     return weights * (LARGEST / weights.sum(dim=1, keepdim=True).clamp_min(LARGEST))
