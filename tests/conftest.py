@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from memlm import Datastore, Document
+from memlm.mixtures._folds import folds
 
 settings.register_profile("memlm", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("memlm")
@@ -60,3 +61,12 @@ def memory(lm, documents, tmp_path_factory):
 def copied(memory, tmp_path):
     """The folder of a copy of `memory`, to be damaged."""
     return shutil.copytree(memory.path, tmp_path / "memory")
+
+
+@pytest.fixture
+def quick_choice(monkeypatch):
+    """Fit kinds of mixture at one temperature and choose among them in two folds: five times five are slow."""
+    from memlm.mixtures import _families
+
+    monkeypatch.setattr(_families, "_TEMPERATURES", (1.0,))
+    monkeypatch.setattr(_families, "folds", lambda groups: folds(groups, 2))

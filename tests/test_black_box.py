@@ -113,7 +113,7 @@ def test_evaluate_explain_and_the_adapter_give_the_white_box_numbers(server, lm,
 
 
 @pytest.mark.parametrize("kind", ["learned", "auto"])
-def test_other_kinds_are_tuned_as_well(server, lm, memory, kind):
+def test_other_kinds_are_tuned_as_well(server, lm, memory, kind, quick_choice):
     options = {"kind": kind, "max_k": 16, "show_progress": False}
     report = tune_report(box_of(server, lm), memory, documents(NEW * 3), **options)
     assert math.isfinite(report.perplexity)

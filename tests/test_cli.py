@@ -99,11 +99,12 @@ def test_tune_eval_round(world, lm, tmp_path):
     assert before["perplexity"] == pytest.approx(after["perplexity"]), "λ given on the command line was not used"
 
 
-def test_every_way_to_choose_the_weight_is_compared(world, tmp_path):
+def test_every_way_to_choose_the_weight_is_compared(world, tmp_path, quick_choice):
     files = [tmp_path / f"comparison.{suffix}" for suffix in ("json", "md", "html")]
     texts = ["--valid", world.texts / "valid", "--test", world.texts / "test"]
     options = [part for file in files for part in ("--save", file)]
-    result = run("compare", world.model, world.memory, *texts, *options, "--mixtures", tmp_path / "mixtures")
+    options += ["--mixtures", tmp_path / "mixtures", "--cache", 64]
+    result = run("compare", world.model, world.memory, *texts, *options)
     assert result.code == 0, result.err
     rows = {line[:22].strip(): line for line in result.out.splitlines()}
     assert {"lm", "cache", "knn-lm", "buckets", "exponential", "learned", "adapter", "adapter + cache"} <= set(rows)
@@ -152,7 +153,7 @@ def test_a_folder_holds_the_mixture_of_a_datastore(world, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["buckets", "exponential", "logistic", "learned", "adapter", "auto"])
-def test_a_weight_by_distance_is_tuned_and_taken_by_every_verb(world, lm, tmp_path, kind):
+def test_a_weight_by_distance_is_tuned_and_taken_by_every_verb(world, lm, tmp_path, kind, quick_choice):
     saved = tmp_path / "mixture.json"
     tuned = run("tune", world.model, world.memory, world.texts / "valid", "--mixture", kind, "--save", saved, "--json")
     report = json.loads(tuned.out)
@@ -277,11 +278,11 @@ def test_train_lm_makes_a_model_that_can_be_used(world, tmp_path):
         ("eval", ["test", *SETTINGS]),
         ("generate", ["The cat", "--max-new-tokens", "3", *SETTINGS]),
         ("explain", ["The cat", "--html", "OUTPUT.html", *SETTINGS]),
-        ("compare", ["--valid", "valid", "--test", "test", "--save", "OUTPUT.html"]),
+        ("compare", ["--valid", "valid", "--test", "test", "--save", "OUTPUT.html", "--cache", "64"]),
         ("doctor", []),
     ],
 )
-def test_json_is_one_object_and_nothing_else(world, tmp_path, verb, arguments):
+def test_json_is_one_object_and_nothing_else(world, tmp_path, verb, arguments, quick_choice):
     places = {"OUTPUT": tmp_path / "output", "OUTPUT.html": tmp_path / "page.html"}
     places |= {name: world.texts / name for name in ("train", "valid", "test")}
     opened = {"build": [world.model], "info": [world.memory], "doctor": [world.memory, "--model", world.model]}

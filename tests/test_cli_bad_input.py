@@ -286,6 +286,14 @@ def test_options_that_a_saved_mixture_takes(world, place, kind, option, value, n
             ["compare", "MODEL", "MEMORY", "--valid", "text.txt", "--test", "text.txt", "--max-k", "0"],
             "k is 0; expected",
         ),
+        (
+            ["compare", "MODEL", "MEMORY", "--valid", "text.txt", "--test", "text.txt", "--mixtures", "text.txt"],
+            "text.txt cannot be written to: text.txt is not a folder; name another one",
+        ),
+        (
+            ["compare", "MODEL", "MEMORY", "--valid", "text.txt", "--test", "text.txt", "--mixtures", "text.txt/a/b"],
+            "text.txt/a/b cannot be written to: text.txt is not a folder",
+        ),
         (["eval", "MODEL", "MEMORY", "text.txt", *SETTINGS, "--max-tokens", "-1"], "max_tokens is -1"),
         (["overlap", "MODEL", "MEMORY", "text.txt", "--n", "0"], "n is 0; expected n-grams of at least 1 token"),
         (["generate", "MODEL", "MEMORY", "", *SETTINGS], "the prompt is empty; give some text"),
@@ -315,6 +323,31 @@ def test_other_settings(world, place, command, words):
     (place / "short.toml").write_text('train = ["text.txt"]\nvalid = ["text.txt"]')
     names = {"MODEL": world.model, "MEMORY": world.memory}
     assert words in refused(*(names.get(item, item) for item in command), place=place)
+
+
+@pytest.mark.parametrize("options", [["--save", "kept/result.json"], ["--mixtures", "kept/new/mixtures"]])
+def test_a_folder_that_takes_no_files_is_refused_before_anything_is_compared(world, place, monkeypatch, options):
+    (place / "kept").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "kept")  # to root everything is open
+    monkeypatch.setattr("memlm.evaluation.compare", pytest.fail)
+    command = ["compare", world.model, world.memory, "--valid", "text.txt", "--test", "text.txt", *options]
+    assert "kept allows no new files; name another folder" in refused(*command, place=place)
+
+
+def test_a_comparison_is_shown_before_it_is_written(world, place, monkeypatch):
+    """A disk that is full, or a folder that is gone meanwhile, does not cost the result."""
+
+    class Result:
+        def to_dict(self):
+            return {"rows": []}
+
+        def save(self, path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("memlm.evaluation.compare", lambda *_, **__: Result())
+    command = ["compare", world.model, world.memory, "--valid", "text.txt", "--test", "text.txt", "--save", "a.json"]
+    shown = run(*command, "--json")
+    assert (shown.code, shown.out, shown.err) == (2, '{"rows": []}\n', "memlm: No space left on device\n")
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from memlm import KnnMixture, evaluate, tune
+from memlm import Cache, KnnMixture, evaluate, tune
 from memlm.errors import ConfigError, CorpusError, DatastoreMismatch
 from memlm.evaluation import _retrieval, tune_report
-from memlm.evaluation._retrieval import Text
+from memlm.evaluation._retrieval import Text, gather, retrieve
+from memlm.mixtures import CacheMixture
 from memlm.models import LanguageModel
 from tiny_memories import TEXTS, bare_tokenizer, documents, lm_of, store
 from tiny_models import tiny_model, tiny_tokenizer
@@ -94,6 +96,44 @@ def test_long_texts_are_scored_group_by_group(lm, memory, monkeypatch):
     assert parts.targets.tolist() == whole.targets.tolist()
     assert np.allclose(parts.lm_log_probs, whole.lm_log_probs, atol=1e-5)
     assert np.allclose(parts.log_probs, whole.log_probs, atol=1e-4)
+
+
+def test_batches_in_any_order_are_put_in_the_order_of_the_text(lm, memory, monkeypatch):
+    text = Text(lm, documents(NEW))
+
+    def passed():
+        return list(retrieve(lm, text, [memory, Cache(9)], [8, 9], beliefs=True, show_progress=False))
+
+    (whole,) = passed()
+    monkeypatch.setattr(_retrieval, "_SEARCHED_TOGETHER", 7)
+    parts = passed()[::-1]
+    assert len(parts) > 5
+    for result in (gather(parts), gather(iter(parts), text.tokens)):
+        assert result.rows.tolist() == list(range(text.tokens))
+        assert result.targets.equal(whole.targets)
+        assert result.lm_log_probs.equal(whole.lm_log_probs)
+        for found, expected in zip(result.evidence.memories, whole.evidence.memories, strict=True):
+            assert torch.allclose(found.distances, expected.distances, atol=1e-4)
+            assert found.present.equal(expected.present)
+            assert found.tokens[found.present].equal(expected.tokens[found.present])
+            assert found.entries.equal(expected.entries[:, :1])
+            assert found.entries.untyped_storage().nbytes() == 8 * text.tokens, "nobody needs the others"
+        assert result.evidence.memories[1].ages.equal(whole.evidence.memories[1].ages)
+        assert result.evidence.memories[0].ages is None
+        assert result.evidence.belief.keys.equal(whole.evidence.belief.keys)
+        assert result.search_seconds == pytest.approx(
+            [sum(part.search_seconds[place] for part in parts) for place in (0, 1)]
+        )
+
+
+def test_a_cache_alone_searches_no_datastore(lm, memory):
+    """With a datastore beside it everything is searched."""
+    cache = CacheMixture(interpolation_weight=0.2, scale=0.1, length=9)
+    for memories, mixture, searched in ((Cache(9), cache, 0.0), (memory, MIXTURE, 1.0)):
+        result = evaluate(lm, documents(NEW), memories, mixture, show_progress=False)
+        assert result.settings["searched"] == searched
+    both = next(retrieve(lm, Text(lm, documents(NEW)), [Cache(9), memory], [9, 8], show_progress=False))
+    assert both.searched == 1.0
 
 
 def test_documents_of_one_token(lm, memory, tmp_path):
