@@ -3,9 +3,9 @@
     python -m benchmarks.mixtures DATA_FOLDER --stores FOLDER [--corpora law,latex] [--parts compare,transfer,gate]
 
 DATA_FOLDER holds `<corpus>.{train,valid,test}.jsonl.xz`. The datastore of a corpus holds the whole of `train`, behind
-FAISS; it is made in FOLDER/<corpus>-all/memory unless it is there already. Everything is fitted to 20 k tokens of `valid`
+FAISS; it is made in FOLDER/<corpus>-all/memory unless it is there already. Everything is fitted to 100 k tokens of `valid`
 and reported on 20 k tokens of `test`, in seeded contiguous pieces. Results are added to benchmarks/results/mixtures.json
-and tabulated in mixtures.md.
+and tabulated in mixtures.md. Takes 24 GB of memory with both parts that need several corpora, 8 GB for `compare` alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import memlm
+from benchmarks.cache_distance import by_distance
 from benchmarks.knn_lm import CORPORA, TOKENS, pieces
 from memlm.evaluation._compare import Read, compare_read, read
 from memlm.evaluation._comparison_page import markdown
@@ -28,7 +29,8 @@ from memlm.evidence import Evidence, join
 from memlm.mixtures import HeldOut, fit_gate
 
 RESULTS = Path(__file__).parent / "results"
-SETTINGS = {"max_k": 1024, "cache": 1024, "max_tokens": TOKENS, "show_progress": True}
+TOKENS_OF = {"valid": 100_000, "test": TOKENS}
+SETTINGS = {"max_k": 1024, "cache": 1024, "show_progress": True}
 PAIR = ("law", "code")
 
 
@@ -52,11 +54,13 @@ def main() -> None:
         comparison.save(options.stores / f"{corpus}.html")
         print(f"{corpus}\n{comparison}\n", flush=True)
         results.setdefault("compare", {})[corpus] = comparison.to_dict() | {"markdown": markdown(comparison)}
+        results.setdefault("cache", {})[corpus] = by_distance(valid.held.memory(1), test.held.memory(1))
+        publish(results)
         adapters[corpus] = comparison.mixtures["adapter"]
         tests[corpus] = (test.held.memory(0), comparison)
         if corpus in PAIR:
-            sides[corpus] = (memory, valid, test)
-        publish(results)
+            sides[corpus] = (memory, valid.held.memory(0), test.held.memory(0))
+        del valid, test  # gigabytes of evidence of the cache
     if "transfer" in options.parts and len(adapters) > 1:
         results["transfer"] = transfer(adapters, tests)
         publish(results)
@@ -80,7 +84,7 @@ def store(lm: Any, data: Path, corpus: str, stores: Path) -> memlm.Datastore:
 
 def side(lm: Any, memory: memlm.Datastore, data: Path, corpus: str, split: str) -> Read:
     source = pieces(data / f"{corpus}.{split}.jsonl.xz")
-    return read(lm, memory, source, description=f"{corpus} {split}", **SETTINGS)
+    return read(lm, memory, source, description=f"{corpus} {split}", max_tokens=TOKENS_OF[split], **SETTINGS)
 
 
 def transfer(adapters: dict[str, Any], tests: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -99,8 +103,8 @@ def two_datastores(lm: Any, data: Path, sides: dict[str, Any], adapters: dict[st
     helds: dict[str, list[HeldOut]] = {"valid": [], "test": []}
     for corpus in PAIR:
         for place, split in enumerate(("valid", "test"), start=1):
-            text = Text(lm, pieces(data / f"{corpus}.{split}.jsonl.xz"), TOKENS)
-            known = sides[corpus][place].held
+            text = Text(lm, pieces(data / f"{corpus}.{split}.jsonl.xz"), TOKENS_OF[split])
+            known = sides[corpus][place]
             found = []
             for other in PAIR:
                 if other == corpus:
@@ -141,7 +145,7 @@ def table(results: dict[str, Any]) -> str:
         "# When to trust the memory: every way to choose λ",
         "",
         "Perplexity per token on `test`, with the reference language model (its training text holds WikiText-2 and none",
-        "of the others) and the whole of `train` stored, behind FAISS. Fitted to 20 k tokens of `valid`; each row's test",
+        "of the others) and the whole of `train` stored, behind FAISS. Fitted to 100 k tokens of `valid`; each row's test",
         "text was scored once. Changes in percent of perplexity, with paired bootstrap 95 % intervals. *λ shuffled* gives",
         "every token the weight of another one. tokens/s: model, search and mixing on two shared, busy cores, in a pass in",
         "which everything is searched for every method; compare them within a table alone.",
@@ -174,6 +178,25 @@ def table(results: dict[str, Any]) -> str:
         parts += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for source, row in results["transfer"].items():
             parts.append("| " + " | ".join([source, *(f"{row[column]:+,.1f} %" for column in columns)]) + " |")
+        parts.append("")
+    if "cache" in results:
+        columns = list(results["cache"])
+        parts += ["## λ of a cache by distance, and by age", ""]
+        parts += [
+            "A linear cache of 1,024 tokens without a datastore, θ of the best constant λ; see benchmarks/cache_distance.py."
+        ]
+        parts += ["Perplexity with one λ, then changes against it.", ""]
+        parts += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        parts.append(
+            "| *one λ* | " + " | ".join(f"{results['cache'][corpus]['one λ']:,.2f}" for corpus in columns) + " |"
+        )
+        for name in ("buckets", "buckets, λ shuffled", "exponential", "exponential, λ shuffled", "age"):
+            rows = (results["cache"][corpus] for corpus in columns)
+            cells = (f"{100 * (row[name] / row['one λ'] - 1):+,.1f} %" for row in rows)
+            parts.append("| " + " | ".join([name, *cells]) + " |")
+        for name in ("number of buckets", "age τ"):
+            cells = (f"{results['cache'][corpus][name]:,.0f}" for corpus in columns)
+            parts.append("| " + " | ".join([name, *cells]) + " |")
         parts.append("")
     if "gate" in results:
         columns = list(next(iter(results["gate"].values())))
