@@ -14,20 +14,27 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import memlm
 from benchmarks.cache_distance import by_distance
 from benchmarks.knn_lm import CORPORA, TOKENS, cut_documents, pieces
+from memlm import ops
 from memlm.evaluation._compare import Read, compare_read, read
 from memlm.evaluation._comparison_page import markdown
 from memlm.evaluation._retrieval import Text, gather, retrieve
+from memlm.evaluation._tune import tune_cached
 from memlm.evidence import Evidence, join
-from memlm.mixtures import HeldOut, fit_gate
+from memlm.mixtures import AdapterMixture, HeldOut, KnnMixture, fit_gate, memory_likelihoods
+from memlm.mixtures._adapter import corrections
+from memlm.mixtures._features import features
+from memlm.mixtures._fit_adapter import fit_adapter
 
 RESULTS = Path(__file__).parent / "results"
 ENTRIES, WHOLE = 1_000_000, ("wikitext2",)
@@ -41,30 +48,37 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--stores", type=Path, required=True)
     parser.add_argument("--corpora", default=",".join(CORPORA))
-    parser.add_argument("--parts", default="compare,transfer,gate")
+    parser.add_argument("--parts", default="compare,control,transfer,gate")
     options = parser.parse_args()
     lm = memlm.reference_lm()
     results: dict[str, Any] = {}
     path = RESULTS / "mixtures.json"
     if path.exists():
         results = json.loads(path.read_text())
-    adapters, tests, sides = {}, {}, {}
+    fixed, adapters, tests, sides = {}, {}, {}, {}
     for corpus in options.corpora.split(","):
         memory = store(lm, options.data, corpus, options.stores)
         valid, test = (side(lm, memory, options.data, corpus, split) for split in ("valid", "test"))
-        comparison = compare_read(lm, memory, valid, test)
-        comparison.save(options.stores / f"{corpus}.html")
-        print(f"{corpus}\n{comparison}\n", flush=True)
-        results.setdefault("compare", {})[corpus] = comparison.to_dict() | {"markdown": markdown(comparison)}
-        results.setdefault("cache", {})[corpus] = by_distance(valid.held.memory(1), test.held.memory(1))
+        tests[corpus] = test.held.memory(0)
+        if "compare" in options.parts:
+            comparison = compare_read(lm, memory, valid, test)
+            comparison.save(options.stores / f"{corpus}.html")
+            print(f"{corpus}\n{comparison}\n", flush=True)
+            results.setdefault("compare", {})[corpus] = comparison.to_dict() | {"markdown": markdown(comparison)}
+            results.setdefault("cache", {})[corpus] = by_distance(valid.held.memory(1), test.held.memory(1))
+            fixed[corpus], adapters[corpus] = (comparison.mixtures[name] for name in ("knn-lm", "adapter"))
+        else:  # what the other parts need of it
+            found = replace(valid.found, evidence=valid.held.memory(0).evidence)
+            fixed[corpus] = tune_cached(found, valid.text.document_of_target).best
+            adapters[corpus] = fit_adapter(valid.held.memory(0), fixed[corpus])
+        if "control" in options.parts:
+            results.setdefault("control", {})[corpus] = control(fixed[corpus], adapters[corpus], tests[corpus])
         publish(results)
-        adapters[corpus] = comparison.mixtures["adapter"]
-        tests[corpus] = (test.held.memory(0), comparison)
         if corpus in PAIR:
             sides[corpus] = (memory, valid.held.memory(0), test.held.memory(0))
         del valid, test  # gigabytes of evidence of the cache
     if "transfer" in options.parts and len(adapters) > 1:
-        results["transfer"] = transfer(adapters, tests)
+        results["transfer"] = transfer(fixed, adapters, tests)
         publish(results)
     if "gate" in options.parts and all(corpus in sides for corpus in PAIR):
         results["gate"] = two_datastores(lm, options.data, sides, adapters)
@@ -90,14 +104,50 @@ def side(lm: Any, memory: memlm.Datastore, data: Path, corpus: str, split: str) 
     return read(lm, memory, source, description=f"{corpus} {split}", max_tokens=TOKENS_OF[split], **SETTINGS)
 
 
-def transfer(adapters: dict[str, Any], tests: dict[str, Any]) -> dict[str, dict[str, float]]:
+def control(fixed: KnnMixture, adapter: AdapterMixture, held: HeldOut) -> dict[str, float]:
+    """Perplexity of an adapter when every token gets λ, or all that the network says, of another token."""
+    said = torch.cat(
+        [
+            adapter.network(features(part.evidence.memories[0], part.evidence.belief, adapter.temperature, adapter.k))
+            for part in held.blocks(adapter.ks)
+        ]
+    )
+    other = said[torch.randperm(len(said), generator=torch.Generator().manual_seed(0))]
+    arms = {
+        "adapter": said,
+        "λ shuffled": torch.cat([other[:, :1], said[:, 1:]], dim=1),
+        "all that the network says shuffled": other,
+    }
+    rows = {"fixed λ": perplexity(held.log_probs(fixed))}
+    for name, words in arms.items():
+        log_probs, start = [], 0
+        for part in held.blocks(adapter.ks):
+            found, numbers = part.evidence.memories[0], slice(start, start + len(part))
+            weight, sharpness, tail = corrections(words[numbers], adapter.interpolation_weight)
+            shares = ops.adapted_log_weights(found.distances, found.present, adapter.temperature, sharpness, tail)
+            memory = memory_likelihoods((shares,), part.evidence, part.targets)[:, 0].double()
+            weight = (weight * found.present.any(dim=1)).double()
+            log_probs.append(
+                ((1 - weight) * part.lm_log_probs.double().exp() + weight * memory).clamp_min(1e-300).log()
+            )
+            start += len(part)
+        rows[name] = perplexity(torch.cat(log_probs))
+    return rows
+
+
+def perplexity(log_probs: Tensor) -> float:
+    return math.exp(-float(log_probs.double().mean()))
+
+
+def transfer(fixed: dict[str, Any], adapters: dict[str, Any], tests: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Perplexity change, in percent of the tuned fixed λ, of every corpus' adapter on every corpus' test and datastore."""
     rows: dict[str, dict[str, float]] = {}
     for source, adapter in adapters.items():
         rows[source] = {}
-        for target, (held, comparison) in tests.items():
-            perplexity = math.exp(-float(held.log_probs(adapter).mean()))
-            rows[source][target] = 100 * (perplexity / comparison.row("knn-lm").perplexity - 1)
+        for target, held in tests.items():
+            rows[source][target] = 100 * (
+                perplexity(held.log_probs(adapter)) / perplexity(held.log_probs(fixed[target])) - 1
+            )
     return rows
 
 
@@ -128,15 +178,12 @@ def two_datastores(lm: Any, data: Path, sides: dict[str, Any], adapters: dict[st
     gate = fit_gate(both, members)
     rows = {}
     for corpus, held in zip(PAIR, helds["test"], strict=True):
-        alone = {
-            other: math.exp(-float(held.memory(place).log_probs(members[place]).mean()))
-            for place, other in enumerate(PAIR)
-        }
+        alone = {other: perplexity(held.memory(place).log_probs(members[place])) for place, other in enumerate(PAIR)}
         weights = torch.cat([gate.mix(part.evidence).weights for part in held.blocks(gate.ks)]).mean(dim=0).tolist()
         rows[corpus] = {
-            "lm": math.exp(-float(held.lm_log_probs.double().mean())),
+            "lm": perplexity(held.lm_log_probs),
             **{f"adapter of {other}": value for other, value in alone.items()},
-            "gate": math.exp(-float(held.log_probs(gate).mean())),
+            "gate": perplexity(held.log_probs(gate)),
             **{f"mean λ of {other}": weight for other, weight in zip(PAIR, weights, strict=True)},
         }
     return rows
@@ -181,6 +228,20 @@ def table(results: dict[str, Any]) -> str:
         parts += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for source, row in results["transfer"].items():
             parts.append("| " + " | ".join([source, *(f"{row[column]:+,.1f} %" for column in columns)]) + " |")
+        parts.append("")
+    if "control" in results:
+        columns = list(results["control"])
+        names = list(next(iter(results["control"].values())))
+        parts += ["## What is left of the adapter when it is shuffled", ""]
+        parts += [
+            "Against the tuned fixed λ. Where λ alone is another token's, p_kNN is still corrected for the token itself.",
+            "",
+        ]
+        parts += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for name in names[1:]:
+            rows = (results["control"][corpus] for corpus in columns)
+            cells = (f"{100 * (row[name] / row[names[0]] - 1):+,.1f} %" for row in rows)
+            parts.append("| " + " | ".join([name, *cells]) + " |")
         parts.append("")
     if "cache" in results:
         columns = list(results["cache"])
