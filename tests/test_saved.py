@@ -183,6 +183,8 @@ def test_json_that_is_cut_anywhere_is_refused(saved):
 def test_json_with_a_value_of_another_type_is_refused(saved, wrong):
     values = json.loads(saved.read_text())
     for name in set(values) - {"fitted_with"}:
+        if name == "familiarity" and wrong is None:
+            continue  # a gate may go without
         saved.write_text(json.dumps({**values, name: wrong}))
         with pytest.raises(ConfigError):
             load_mixture(saved)

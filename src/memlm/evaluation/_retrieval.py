@@ -17,7 +17,7 @@ from ..cache import Cache
 from ..datastore import Datastore, Pointers
 from ..documents import Corpus, Document, describe
 from ..errors import ConfigError, CorpusError
-from ..evidence import Belief, Evidence, Found, join_beliefs
+from ..evidence import Belief, Evidence, Found, join_beliefs, read_lately
 from ..models import ScoredBatch, Scorer
 from ..progress import progress
 
@@ -189,6 +189,9 @@ def retrieve(
                 size += len(text.ids[stop])
                 stop += 1
             group = text.ids[first_document:stop]
+            read = torch.from_numpy(np.concatenate([ids[:-1] for ids in group]))  # a token for each target of the group
+            lengths = np.array([len(ids) - 1 for ids in group])
+            starts = torch.from_numpy(np.repeat(lengths.cumsum() - lengths, lengths))
             started = time.perf_counter()
             batches = _joined(lm.score(group, beliefs=beliefs or wanted is not None))
             past = torch.empty(0)  # with a cache or pointers, the keys of the group's targets in order
@@ -201,6 +204,9 @@ def retrieve(
                 scored = time.perf_counter()
                 rows = batch.rows + first_row
                 asked = None if wanted is None or batch.belief is None else wanted(batch.belief)
+                belief = batch.belief if beliefs else None
+                if belief is not None:
+                    belief = belief._replace(read=read_lately(read, batch.rows, starts[batch.rows]))
                 found, times = [], [scored]
                 share = searching if asked is None else searching * float(asked.float().mean())
                 for place, (item, k) in enumerate(zip(memories, ks, strict=True)):
@@ -221,7 +227,7 @@ def retrieve(
                     rows=rows,
                     targets=batch.targets,
                     lm_log_probs=batch.log_probs,
-                    evidence=Evidence(tuple(found), batch.belief if beliefs else None),
+                    evidence=Evidence(tuple(found), belief),
                     searched=share,
                     model_seconds=scored - started,
                     search_seconds=tuple(after - before for before, after in pairwise(times)),
@@ -262,7 +268,7 @@ def _split(batch: ScoredBatch, pointers: bool, longest: int) -> Iterator[ScoredB
     """
     together = max(1, min(_SEARCHED_TOGETHER, _RECALLED_TOGETHER // longest))
     for rows in batch.rows.argsort().split(len(batch.rows) if pointers else together):
-        belief = None if batch.belief is None else Belief(*(part[rows] for part in batch.belief))
+        belief = None if batch.belief is None else batch.belief.rows(rows)
         rest = batch.rows[rows], batch.targets[rows], batch.log_probs[rows], batch.keys[rows]
         yield ScoredBatch(*rest, belief)
 

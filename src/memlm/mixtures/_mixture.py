@@ -50,6 +50,7 @@ class Mixture(ABC):
 
     kind: ClassVar[str]
     needs_belief: ClassVar[bool] = False  # whether `mix` looks at more of the model than its log probabilities
+    needs_text: ClassVar[bool] = False  # whether it looks at `Belief.read`, too
     skips: ClassVar[bool] = False  # whether `wanted` may leave searches out
 
     @property

@@ -34,6 +34,7 @@ class Mixture(Protocol):
     """What `attach` needs of a mixture."""
 
     needs_belief: Any
+    needs_text: Any
     skips: Any
 
     @property
@@ -154,8 +155,10 @@ def _mix(
         belief = Belief.from_logits(flat, queries, tokens[:, kept.to(tokens.device)].flatten().to(flat.device))
     asked = mixture.wanted(belief) if mixture.skips and belief is not None else None
     past = None
-    if tokens is not None and any(isinstance(memory, Cache) for memory in memories):
+    if tokens is not None and (mixture.needs_text or any(isinstance(memory, Cache) for memory in memories)):
         past = past_of(output, kwargs, tokens, all_keys)
+    if belief is not None and past is not None:
+        belief = belief._replace(read=past.read(kept).to(flat.device))
     found = []
     for memory, k in zip(memories, mixture.ks, strict=True):
         if past is not None and isinstance(memory, Cache):

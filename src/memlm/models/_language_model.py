@@ -186,7 +186,7 @@ class LanguageModel:
             if beliefs:
                 at_scored = output.logits[scored[:, kept]].float()
                 found = Belief.from_logits(at_scored, keys[scored].float(), batch.input_ids[batch.scored])
-                belief = Belief(*(part.cpu() for part in found))
+                belief = Belief(*(part.cpu() for part in found if part is not None))
             yield ScoredBatch(batch.rows, batch.targets, log_probs.cpu(), keys[scored], belief)
 
     def _check_mode(self) -> None:
