@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from .. import ops
 from ..errors import ConfigError, DatastoreMismatch
 from ..evidence import INNER_PRODUCT, SQUARED_L2, Belief, Evidence, Found
-from ..files import write_atomically, write_json
+from . import _storage
 from ._network import Network
 
-TENSORS_SUFFIX = ".safetensors"  # of the file beside a mixture's JSON
 _LARGEST_NUMBER = 1e30
 CACHE = "cache"  # a memory that is none of the datastores
 _MEMORIES = {
@@ -130,23 +128,18 @@ class Mixture(ABC):
     def save(self, path: str | Path, datastores: Sequence[str] = ()) -> None:
         """Write the settings to `path` as JSON, and networks and tables, if any, beside it as .safetensors.
 
+        The JSON names the other file; the two can be moved together, and the JSON may get another name. What stood at
+        `path` stays whole until it is replaced.
+
         Args:
             path: Of the JSON file.
             datastores: `Manifest.content_sha256` of the datastores that it was fitted with, for the record.
 
         Raises:
-            ConfigError: The path is that of the tensors.
+            ConfigError: The path ends in .safetensors.
         """
-        path = Path(path)
-        if path.suffix == TENSORS_SUFFIX:
-            raise ConfigError(f"{path} would be the place of the tensors; expected another suffix, such as .json")
         values, tensors = self.parts()
-        record: dict[str, Any] = {"fitted_with": list(datastores)}
-        if tensors:
-            content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-            write_atomically(path.with_suffix(TENSORS_SUFFIX), content)
-            record["tensors_sha256"] = hashlib.sha256(content).hexdigest()  # the two files are not written in one step
-        write_json(path, {**values, **record})
+        _storage.write(Path(path), {**values, "fitted_with": list(datastores)}, tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +260,7 @@ def check_positive(name: str, value: Any, hint: str = "`memlm tune` finds one") 
 
 def _as_float(name: str, value: Any) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}; expected a number")
+        raise ConfigError(f"{name} is {reprlib.repr(value)}; expected a number")
     try:
         return float(value)
     except OverflowError:  # a whole number of hundreds of digits
