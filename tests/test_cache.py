@@ -17,7 +17,7 @@ import tiny_memories
 from memlm import Document, attach, evaluate, ops
 from memlm.cache import Cache
 from memlm.errors import ConfigError, ModelError
-from memlm.evidence import Belief, Evidence
+from memlm.evidence import MOST_ENTRIES, Belief, Evidence
 from memlm.mixtures import CacheMixture, GateMixture, SharedCacheMixture, fit_cache, fit_shared_cache
 from memlm.mixtures._gate import gate_features, member_mixes
 from memlm.models import LanguageModel
@@ -350,6 +350,24 @@ def test_a_datastore_and_a_cache_under_one_gate(family, attachable):
     for place, memory_alone in enumerate((store, Cache(64))):
         alone = evaluate(lm, [document], memory_alone, mixture.members[place], show_progress=False)
         assert abs(alone.log_probs - result.log_probs).max() > 0.1
+
+
+def test_positions_are_mixed_in_parts_where_much_is_found(monkeypatch):
+    lm = lm_of("llama")
+    ids = ids_of(NEW[0]).repeat(2, 1)
+    ids[1] = ids[1].flip(0)
+    longest = sharp(lm, length=MOST_ENTRIES)
+    with torch.no_grad(), attach(lm.model, Cache(64), sharp(lm)):
+        expected = lm.model(ids, logits_to_keep=torch.tensor([9, 2, 20])).logits
+    with torch.no_grad(), attach(lm.model, Cache(MOST_ENTRIES), longest):
+        assert lm.model(ids, logits_to_keep=torch.tensor([9, 2, 20])).logits.equal(expected), "the past is no longer"
+        monkeypatch.setattr("memlm.models._attach._FOUND_TOGETHER", 2 * ids.shape[1])
+        seen = []
+        recall = Cache.recall
+        monkeypatch.setattr(Cache, "recall", lambda *given, **more: seen.append(given) or recall(*given, **more))
+        parts = lm.model(ids, logits_to_keep=torch.tensor([9, 2, 20])).logits
+    np.testing.assert_allclose(parts, expected, atol=1e-5)
+    assert len(seen) == 6, "three places, one at a time, in two rows"
 
 
 def greedy(model, ids, tokens=12, **settings):

@@ -23,7 +23,7 @@ from ..progress import progress
 
 _GROUP = 1 << 15  # tokens of documents that are cut and batched together
 _SEARCHED_TOGETHER = 1 << 13  # queries
-_RECALLED_TOGETHER = 1 << 23  # entries of a cache, for all queries of a batch
+_FOUND_TOGETHER = 1 << 23  # entries, for all queries of a batch
 
 Memory = Datastore | Cache | Pointers
 
@@ -180,6 +180,9 @@ def retrieve(
                 own[place] = np.array([datastore.document_range(item) for item in text.texts]).reshape(-1, 2)
     owners = text.document_of_target
     whole = any(not isinstance(item, Datastore) for item in memories)
+    streams = any(isinstance(item, Pointers) for item in memories)  # the more together, the better
+    sizes = [len(item) if isinstance(item, Cache) else k for item, k in zip(memories, ks, strict=True)]
+    together = max(1, min(_SEARCHED_TOGETHER, _FOUND_TOGETHER // max(1, sum(sizes))))
     searching = float(any(datastore_of(item) is not None for item in memories))
     with progress(description, text.tokens, show=show_progress) as advance:
         first_row = first_document = 0
@@ -194,10 +197,9 @@ def retrieve(
             past = torch.empty(0)  # with a cache or pointers, the keys of the group's targets in order
             if whole:
                 everything = _put_together(list(batches))
-                past = everything.keys[everything.rows.argsort()]
-                longest = max((len(item) for item in memories if isinstance(item, Cache)), default=1)
-                batches = _split(everything, any(isinstance(item, Pointers) for item in memories), longest)
-            for batch in batches:
+                everything = _some_of(everything, everything.rows.argsort())
+                past, batches = everything.keys, iter([everything])
+            for batch in batches if streams else _cut(batches, together):
                 scored = time.perf_counter()
                 rows = batch.rows + first_row
                 asked = None if wanted is None or batch.belief is None else wanted(batch.belief)
@@ -255,16 +257,17 @@ def _recall(cache: Cache, keys: Tensor, documents: list[np.ndarray], rows: Tenso
     return Found(*(torch.cat(columns) for columns in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
-def _split(batch: ScoredBatch, pointers: bool, longest: int) -> Iterator[ScoredBatch]:
-    """Put a batch in the order of the text and cut it into smaller ones, the more the longer the longest cache is.
+def _cut(batches: Iterable[ScoredBatch], together: int) -> Iterator[ScoredBatch]:
+    """Cut batches into equal parts of at most so many targets."""
+    for batch in batches:
+        parts = -(-len(batch.rows) // together)
+        for rows in torch.arange(len(batch.rows)).tensor_split(max(1, parts)):
+            yield _some_of(batch, rows) if parts > 1 else batch
 
-    With pointers it stays whole: more streams.
-    """
-    together = max(1, min(_SEARCHED_TOGETHER, _RECALLED_TOGETHER // longest))
-    for rows in batch.rows.argsort().split(len(batch.rows) if pointers else together):
-        belief = None if batch.belief is None else Belief(*(part[rows] for part in batch.belief))
-        rest = batch.rows[rows], batch.targets[rows], batch.log_probs[rows], batch.keys[rows]
-        yield ScoredBatch(*rest, belief)
+
+def _some_of(batch: ScoredBatch, rows: Tensor) -> ScoredBatch:
+    belief = None if batch.belief is None else Belief(*(part[rows] for part in batch.belief))
+    return ScoredBatch(batch.rows[rows], batch.targets[rows], batch.log_probs[rows], batch.keys[rows], belief)
 
 
 def _joined(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:

@@ -19,6 +19,8 @@ from ._features import features
 from ._mixture import DatastoreMixture, Mix, Mixture
 from ._network import Network
 
+_MOST_MEMORIES = 16  # a target looks at the entries of all of them at once
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GateMixture(Mixture):
@@ -29,7 +31,7 @@ class GateMixture(Mixture):
         network: From `gate_features` to the correction u, one number a memory and one for the model.
 
     Raises:
-        ConfigError: The network is for another number of memories, or a member is for several.
+        ConfigError: The network is for another number of memories, these are over 16, or a member is for several.
     """
 
     kind: ClassVar[str] = "gate"
@@ -39,6 +41,8 @@ class GateMixture(Mixture):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "members", tuple(self.members))
+        if len(self.members) > _MOST_MEMORIES:
+            raise ConfigError(f"a gate over {len(self.members):,} memories; expected up to {_MOST_MEMORIES}")
         if any(len(member.ks) != 1 for member in self.members) or self.network.outputs != len(self.members) + 1:
             raise ConfigError(
                 f"a gate over {len(self.members)} memories needs a member for each and a network with one output more, "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ConfigError, DatastoreMismatch
-from ..evidence import INNER_PRODUCT, SQUARED_L2, Belief, Evidence, Found
+from ..evidence import INNER_PRODUCT, MOST_ENTRIES, SQUARED_L2, Belief, Evidence, Found
 from . import _storage
 from ._network import Network
 
@@ -247,8 +247,10 @@ def check_weight(value: Any) -> None:
 
 def check_count(name: str, value: Any) -> None:
     """Raise ConfigError unless this is a number of neighbors."""
-    if not isinstance(value, Integral) or not _as_float(name, value) >= 1:
-        raise ConfigError(f"{name} is {_as_float(name, value):g}; expected a whole number of neighbors, at least 1")
+    if not isinstance(value, Integral) or not 1 <= _as_float(name, value) <= MOST_ENTRIES:
+        raise ConfigError(
+            f"{name} is {_as_float(name, value):g}; expected a whole number of neighbors, 1 to {MOST_ENTRIES:,}"
+        )
 
 
 def check_positive(name: str, value: Any, hint: str = "`memlm tune` finds one") -> None:

@@ -78,10 +78,10 @@ def _value(value: Any, tensors: dict[str, Tensor], path: Path) -> Any:
     if "kind" in value:
         return _filled(value, tensors, path)
     if "tensor" in value:
-        try:
-            return tensors[value["tensor"]]
-        except KeyError as error:
-            raise ConfigError(f"{path} names a tensor {error} that is not there; save the mixture again") from error
+        name = value["tensor"]
+        if name not in tensors:
+            raise ConfigError(f"{path} names a tensor {reprlib.repr(name)} that is not there; save the mixture again")
+        return tensors[name]
     prefix = value.get("tensors")
     if not isinstance(prefix, str):
         raise ConfigError(f"{path} holds {reprlib.repr(value)}, which is no part of a mixture; save the mixture again")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -73,7 +74,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if name is None and digest is None:
         return values, {}
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError(f"{path} names {name!r} as its file of tensors; save the mixture again")
+        raise ConfigError(f"{path} names {reprlib.repr(name)} as its file of tensors; save the mixture again")
     beside = path.with_name(name)
     try:
         content = _content(beside, _MOST_TENSORS)

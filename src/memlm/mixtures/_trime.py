@@ -55,7 +55,7 @@ class TrimeMixture(Mixture):
         if self.forgetting < 0:
             raise ConfigError(f"forgetting is {self.forgetting}; expected a number of at least 0")
         for name in ("length", "k"):
-            if getattr(self, name) != 0:
+            if getattr(self, name) is False or getattr(self, name) != 0:
                 check_count(name, getattr(self, name))
         if not self.length and not self.k:
             raise ConfigError("length and k are 0; expected a cache of some length, or k neighbors of a datastore")

@@ -15,8 +15,10 @@ from ..errors import ModelError
 from ..evidence import Belief, Evidence, Found
 from ._capture import Captured, capture, check_key_site, keys_of
 from ._identity import encoder_fingerprint
-from ._past import past_of
+from ._past import Past, past_of
 from ._sites import KeySite, find_decoder, find_key_site
+
+_FOUND_TOGETHER = 1 << 23  # entries, for all positions that are mixed at once
 
 
 class Datastore(Protocol):
@@ -147,24 +149,18 @@ def _mix(
         )
     if tokens is None and (mixture.needs_belief or any(isinstance(memory, Cache) for memory in memories)):
         raise ModelError("this mixture must know which tokens the model reads; pass input_ids, not inputs_embeds")
-    flat = logits.flatten(0, 1).float()  # (n, vocabulary)
-    queries = keys.flatten(0, 1).float()
-    belief = None
-    if mixture.needs_belief and tokens is not None:
-        belief = Belief.from_logits(flat, queries, tokens[:, kept.to(tokens.device)].flatten().to(flat.device))
-    asked = mixture.wanted(belief) if mixture.skips and belief is not None else None
     past = None
     if tokens is not None and any(isinstance(memory, Cache) for memory in memories):
         past = past_of(output, kwargs, tokens, all_keys)
-    found = []
-    for memory, k in zip(memories, mixture.ks, strict=True):
-        if past is not None and isinstance(memory, Cache):
-            part = past.recall(memory, kept)
-        else:
-            part = _lookup(memory, queries, k, asked)
-        found.append(Found(*(None if item is None else item.to(flat.device) for item in part)))  # type: ignore
-    evidence = Evidence(tuple(found), belief)
-    mixed = mixture.log_probs(flat.log_softmax(dim=-1), evidence).reshape(logits.shape).to(torch.float32)
+        longest = past.keys.shape[1]  # what a cache remembers beyond this is nothing
+        memories = [Cache(min(len(item), longest)) if isinstance(item, Cache) else item for item in memories]
+    sizes = [len(item) if isinstance(item, Cache) else k for item, k in zip(memories, mixture.ks, strict=True)]
+    together = max(1, _FOUND_TOGETHER // max(1, len(logits) * sum(sizes)))
+    parts = [
+        _mixed(logits[:, some], keys[:, some], tokens, past, kept[some], memories, mixture)
+        for some in torch.arange(len(kept)).split(together)
+    ]
+    mixed = torch.cat(parts, dim=1)
     loss = None
     if labels is not None:
         items = {name: kwargs[name] for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
@@ -176,6 +172,43 @@ def _mix(
     if loss is not None:
         output.loss = loss
     return output
+
+
+def _mixed(
+    logits: Tensor,
+    keys: Tensor,
+    tokens: Tensor | None,
+    past: Past | None,
+    kept: Tensor,
+    memories: list[Any],
+    mixture: Mixture,
+) -> Tensor:
+    """Return the mixture's log probabilities at some places, float32, shape (batch, kept, vocabulary).
+
+    Args:
+        logits: There, shape (batch, kept, vocabulary).
+        keys: There, shape (batch, kept, key width).
+        tokens: That the model has read in this pass, int64, shape (batch, width).
+        past: Where caches look back.
+        kept: The places' numbers within this pass, int64, shape (kept,).
+        memories: One for each that the mixture is for.
+        mixture: How to mix.
+    """
+    flat = logits.flatten(0, 1).float()  # (n, vocabulary)
+    queries = keys.flatten(0, 1).float()
+    belief = None
+    if mixture.needs_belief and tokens is not None:
+        belief = Belief.from_logits(flat, queries, tokens[:, kept.to(tokens.device)].flatten().to(flat.device))
+    asked = mixture.wanted(belief) if mixture.skips and belief is not None else None
+    found = []
+    for memory, k in zip(memories, mixture.ks, strict=True):
+        if past is not None and isinstance(memory, Cache):
+            part = past.recall(memory, kept)
+        else:
+            part = _lookup(memory, queries, k, asked)
+        found.append(Found(*(None if item is None else item.to(flat.device) for item in part)))  # type: ignore
+    mixed = mixture.log_probs(flat.log_softmax(dim=-1), Evidence(tuple(found), belief))
+    return mixed.reshape(logits.shape).to(torch.float32)
 
 
 def _kept(places: Tensor, logits_to_keep: int | Tensor) -> Tensor:
