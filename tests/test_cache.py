@@ -14,9 +14,9 @@ from transformers import DynamicCache, StaticCache
 from transformers.utils import logging
 
 import tiny_memories
-from memlm import Document, attach, evaluate, ops
+from memlm import Document, attach, evaluate, explain, ops
 from memlm.cache import Cache
-from memlm.errors import ConfigError, ModelError
+from memlm.errors import ConfigError, KeyOverflow, ModelError
 from memlm.evidence import MOST_ENTRIES, Belief, Evidence
 from memlm.mixtures import CacheMixture, GateMixture, SharedCacheMixture, fit_cache, fit_shared_cache
 from memlm.mixtures._gate import gate_features, member_mixes
@@ -63,6 +63,47 @@ def test_recall_is_a_look_at_every_earlier_place(places, length, first, padding)
                 assert int(found.entries[line, column]) == entry
                 assert int(found.tokens[line, column]) == int(tokens[entry + 1])
                 assert float(found.distances[line, column]) == pytest.approx(-exact[place] @ exact[entry], abs=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_keys_that_are_not_finite_are_refused(wrong, dtype):
+    keys, tokens = past(30)
+    keys = keys.to(dtype)
+    keys[12, 1] = wrong
+    for asking in (slice(None), slice(12, 13), slice(13, 14), slice(20, 21)):
+        first, stop, _ = asking.indices(30)
+        with pytest.raises(KeyOverflow, match="keys that are NaN or infinite; check its weights and its dtype"):
+            Cache(8).recall(keys, tokens, first, stop)
+    Cache(8).recall(keys, tokens, 21, 30)  # which looks back no further than to 13
+    Cache(8).recall(keys, tokens, 0, 12)
+
+
+def test_padding_may_have_any_keys():
+    keys, tokens = past(30)
+    known = torch.arange(30) >= 5
+    expected = Cache(8).recall(keys, tokens, known=known)
+    keys[:5] = torch.nan
+    found = Cache(8).recall(keys, tokens, known=known)
+    assert all(part[5:].equal(other[5:]) for part, other in zip(found, expected, strict=True))
+    assert not found.distances.isnan().any()
+
+
+def test_a_model_whose_keys_overflow_is_refused_wherever_a_cache_is_used():
+    """Only one token's embedding is NaN, so that the model passes for sound until it is read."""
+    model, (token,) = tiny_model("llama"), tiny_tokenizer()("z")["input_ids"]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = torch.nan
+    lm = LanguageModel(model, tiny_tokenizer(), "overflowing")
+    text, ids = documents(["the cat. z. the cat"]), ids_of("the cat. z. the cat")
+    for use in (
+        lambda: evaluate(lm, text, Cache(64), sharp(lm_of("llama")), show_progress=False),
+        lambda: explain(lm, text[0].text, Cache(64), sharp(lm_of("llama"))),
+        lambda: lm.model(ids),
+        lambda: greedy(lm.model, ids),
+    ):
+        with attach(model, Cache(64), sharp(lm_of("llama"))), pytest.raises(KeyOverflow, match="NaN or infinite"):
+            use()
 
 
 def test_long_texts_are_recalled_block_by_block(monkeypatch):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, KeyOverflow
 from .evidence import MOST_ENTRIES, Found
 
 _BLOCK = 512  # queries compared with the past at once
@@ -56,10 +56,17 @@ class Cache:
 
         Returns:
             Negative inner products and ages of shape (stop − first, length); the entry of age a stands a places back.
+
+        Raises:
+            KeyOverflow: A key of the text that is looked at is not finite.
         """
-        keys = keys.float()
-        ages = torch.arange(1, self.length + 1, device=keys.device, dtype=torch.int32)
         last = len(keys) if stop is None else stop
+        keys = keys.float()
+        if known is not None:  # what a model makes of padding may be anything
+            keys = keys.masked_fill(~keys.isfinite() & ~known[:, None], 0.0)
+        if not bool(keys[max(0, first - self.length) : last].isfinite().all()):
+            raise KeyOverflow("the model gave keys that are NaN or infinite; check its weights and its dtype")
+        ages = torch.arange(1, self.length + 1, device=keys.device, dtype=torch.int32)
         blocks = []
         for start in range(first, last, _BLOCK):
             end = min(start + _BLOCK, last)
