@@ -588,10 +588,16 @@ def test_urls_that_can(lm, url):
     "settings",
     [
         {"top": 0},
+        {"top": math.nan},
+        {"top": 2.5},
+        {"top": True},
+        {"top": 1 << 21},
         {"timeout": 0},
         {"timeout": math.nan},
         {"timeout": math.inf},
         {"retries": -1},
+        {"retries": math.nan},
+        {"retries": math.inf},
         {"api_key": f"{SECRET}\nHost: x"},
     ],
 )

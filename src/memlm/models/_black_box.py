@@ -7,6 +7,7 @@ kNN-Adapter that is made for this (Huang et al. 2023, arXiv:2302.10879), work wi
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -67,8 +68,10 @@ class BlackBox:
         timeout: float = 120.0,
         retries: int = 4,
     ) -> None:
-        if top < 1:
-            raise ConfigError(f"top is {top}; expected at least 1 log-probability a token")
+        if type(top) is not int or not 1 <= top <= _ENTRIES:
+            raise ConfigError(
+                f"top is {reprlib.repr(top)}; expected a whole number of log-probabilities a token, 1 to {_ENTRIES:,}"
+            )
         self.endpoint = Endpoint(url, model, api_key, timeout, retries)
         self.encoder = encoder
         self.name = model

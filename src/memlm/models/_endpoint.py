@@ -57,10 +57,10 @@ class Endpoint:
                 "the endpoint's URL is not of the form http[s]://host[:port]/path, in ASCII and without name, password "
                 "and query; expected something like http://localhost:8000/v1 (an API key goes into OPENAI_API_KEY)"
             )
-        if not 0 < timeout <= _LONGEST_TIMEOUT or retries < 0:
+        if not 0 < timeout <= _LONGEST_TIMEOUT or type(retries) is not int or retries < 0:
             raise ConfigError(
                 f"timeout {timeout} and retries {retries}: expected more than 0, up to {_LONGEST_TIMEOUT:,} seconds, "
-                "and at least 0"
+                "and a whole number from 0 on"
             )
         self.url, self.model, self.timeout, self.retries = url.rstrip("/"), model, timeout, retries
         self._key = (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
