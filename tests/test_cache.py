@@ -18,7 +18,7 @@ from memlm import Document, attach, evaluate, explain, ops
 from memlm.cache import Cache
 from memlm.errors import ConfigError, KeyOverflow, ModelError
 from memlm.evidence import MOST_ENTRIES, Belief, Evidence
-from memlm.mixtures import CacheMixture, GateMixture, SharedCacheMixture, fit_cache, fit_shared_cache
+from memlm.mixtures import CacheMixture, GateMixture, SharedCacheMixture, TrimeMixture, fit_cache, fit_shared_cache
 from memlm.mixtures._gate import gate_features, member_mixes
 from memlm.models import LanguageModel
 from oracle import teacher_forced
@@ -332,6 +332,23 @@ def test_evaluation_is_the_equation_within_each_document(family):
     np.testing.assert_allclose(longer.log_probs, result.log_probs, atol=1e-6, err_msg="the mixture looks at nine")
 
 
+def test_a_cache_that_remembers_less_than_the_mixture_looks_at_is_refused(attachable):
+    lm, store, knn = attachable("llama")
+    for remembered, mixture in (
+        (Cache(9), sharp(lm, length=10)),
+        (Cache(9), sharp(lm, "shared", length=10)),
+        (Cache(9), TrimeMixture(temperature=1.0, length=10)),
+        ([store, Cache(63)], gate_over(lm, store, knn)),
+    ):
+        said = r"looks at the last (10|64) tokens, but the cache remembers (9|63); pass Cache\((10|64)\)"
+        with pytest.raises(ConfigError, match=said):
+            evaluate(lm, documents(NEW), remembered, mixture, show_progress=False)
+        with pytest.raises(ConfigError, match=said):
+            explain(lm, NEW[0], remembered, mixture)
+        with pytest.raises(ConfigError, match=said), attach(lm.model, remembered, mixture):
+            pytest.fail("it was attached")
+
+
 def test_a_cache_reaches_over_windows_and_groups(monkeypatch):
     lm = LanguageModel(tiny_model("llama"), tiny_tokenizer(), "llama", context=4, stride=6, batch_tokens=20)
     mixture = sharp(lm, length=30)
@@ -361,6 +378,20 @@ def test_one_pass_of_an_attached_model_says_what_evaluation_says(family, form):
     np.testing.assert_allclose(kept, out.logits[:, [2, 9]], atol=1e-5)
     np.testing.assert_allclose(out.logits.logsumexp(dim=-1), 0, atol=1e-5)
     assert abs(result.log_probs - result.lm_log_probs).max() > 0.5
+
+
+@pytest.mark.parametrize("site", ["final_norm_output", "model.layers.0.mlp"])
+def test_a_cache_alone_reads_keys_where_the_language_model_does(site):
+    lm = LanguageModel(tiny_model("llama"), tiny_tokenizer(), "llama", key_site=site)
+    assert lm.site != lm_of("llama").site
+    mixture, document = sharp(lm), Document(id="new", text=NEW[0])
+    result = evaluate(lm, [document], Cache(64), mixture, show_progress=False)
+    usual = evaluate(lm_of("llama"), [document], Cache(64), mixture, show_progress=False)
+    assert abs(usual.log_probs - result.log_probs).max() > 0.1, "the site makes no difference"
+    ids = torch.from_numpy(lm.tokenize(document).ids)[None]
+    with attach(lm.model, Cache(64), mixture), torch.no_grad():
+        mixed = lm.model(ids).logits[0, :-1]
+    np.testing.assert_allclose(mixed.gather(1, ids[0, 1:, None])[:, 0], result.log_probs, atol=1e-4)
 
 
 def gate_over(lm, store, knn):
@@ -511,14 +542,14 @@ def test_a_past_that_the_memory_has_not_seen_is_refused():
     with torch.no_grad():
         outside = lm.model(ids[:, :5], use_cache=True).past_key_values
         with (
-            attach(lm.model, Cache(16), sharp(lm)),
+            attach(lm.model, Cache(64), sharp(lm)),
             pytest.raises(ModelError, match=r"5 earlier tokens.*inside the block"),
         ):
             lm.model(ids[:, 5:], past_key_values=outside)
-        with attach(lm.model, Cache(16), sharp(lm)):
+        with attach(lm.model, Cache(64), sharp(lm)):
             inside = lm.model(ids[:, :5], use_cache=True).past_key_values
         lm.model(ids[:, 5:7], past_key_values=inside)
-        with attach(lm.model, Cache(16), sharp(lm)), pytest.raises(ModelError, match=r"7 earlier tokens.*has seen 5"):
+        with attach(lm.model, Cache(64), sharp(lm)), pytest.raises(ModelError, match=r"7 earlier tokens.*has seen 5"):
             lm.model(ids[:, 7:], past_key_values=inside)
 
 
@@ -526,7 +557,7 @@ def test_caches_that_cannot_carry_keys_are_refused():
     lm = lm_of("llama")
     ids = ids_of(NEW[0])
     static = StaticCache(config=lm.model.config, max_cache_len=40)
-    with attach(lm.model, Cache(16), sharp(lm)), torch.no_grad():
+    with attach(lm.model, Cache(64), sharp(lm)), torch.no_grad():
         with pytest.raises(ModelError, match="StaticCache; use the default cache"):
             lm.model(ids, past_key_values=static)
         with pytest.raises(ModelError, match="StaticCache"):
@@ -540,7 +571,7 @@ def test_leaving_the_block_leaves_the_model_alone():
     ids = ids_of(NEW[0])
     with torch.no_grad():
         before = lm.model(ids).logits
-        with attach(lm.model, Cache(16), sharp(lm)):
+        with attach(lm.model, Cache(64), sharp(lm)):
             assert not lm.model(ids).logits.equal(before)
         assert lm.model(ids).logits.equal(before)
 

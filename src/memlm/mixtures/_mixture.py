@@ -69,9 +69,19 @@ class Mixture(ABC):
         """Say in a few words how it mixes."""
 
     def check_memories(self, memories: Sequence[Any]) -> None:
-        """Raise DatastoreMismatch unless each memory given is of the kind that this mixture is for."""
-        for expected, memory in zip(self.expects, memories, strict=False):
+        """Refuse memories that this mixture is not for.
+
+        Raises:
+            DatastoreMismatch: A memory is of another kind.
+            ConfigError: A cache remembers less than the mixture looks at; of one that remembers more, the rest is left.
+        """
+        for expected, k, memory in zip(self.expects, self.ks, memories, strict=False):
             check_memory(self.kind, expected, memory)
+            if expected == CACHE and len(memory) < k:
+                raise ConfigError(
+                    f"the mixture {self.kind!r} looks at the last {k:,} tokens, but the cache remembers "
+                    f"{len(memory):,}; pass Cache({k}), or fit the mixture with the shorter cache"
+                )
 
     def wanted(self, belief: Belief) -> Tensor | None:
         """Say for which targets memories are to be searched, bool, shape (n,); None means all."""

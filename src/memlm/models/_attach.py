@@ -44,7 +44,7 @@ class Mixture(Protocol):
         ...
 
     def check_memories(self, memories: Sequence[Any]) -> None:
-        """Raise unless the memories are of the kinds that the mixture is for."""
+        """Raise unless the memories are of the kinds and lengths that the mixture is for."""
         ...
 
     def wanted(self, belief: Belief) -> Tensor | None:
@@ -66,7 +66,8 @@ def attach(model: Any, memory: Any, mixture: Mixture) -> Iterator[Any]:
     restores the model bit for bit.
 
     A `Cache` remembers what was read inside the block. Its keys travel as one more layer of the model's own
-    `past_key_values`, so they follow beams and crops.
+    `past_key_values`, so they follow beams and crops. Beside a datastore it reads keys at the datastore's key site,
+    otherwise at that of the `LanguageModel` that was made of the model last, as `evaluate` does.
 
     Args:
         model: A Hugging Face causal LM: the one whose keys the datastores hold.
@@ -77,6 +78,7 @@ def attach(model: Any, memory: Any, mixture: Mixture) -> Iterator[Any]:
         The same model.
 
     Raises:
+        ConfigError: A cache remembers less than the mixture looks at.
         DatastoreMismatch: A datastore holds another model's keys, or a memory is not of the kind that the mixture is
             for.
         ModelError: A memory is attached already, the key site is not reached, or the mixture is for another number of
@@ -105,7 +107,7 @@ def attach(model: Any, memory: Any, mixture: Mixture) -> Iterator[Any]:
 
 
 def _common_site(model: Any, memories: list[Any]) -> KeySite:
-    """Return where all memories read keys; caches read them where the datastores do."""
+    """Return where all memories read keys: where the datastores do, or where the `LanguageModel` does."""
     sites = []
     for memory in memories:
         if not isinstance(memory, Cache):
@@ -117,7 +119,7 @@ def _common_site(model: Any, memories: list[Any]) -> KeySite:
             sites.append(KeySite(site["name"], site["path"], site["tensor"]))
     if len(set(sites)) > 1:
         raise ModelError(f"the datastores read keys at different sites: {sites}; build them with the same --key-site")
-    return sites[0] if sites else find_key_site(model, None)
+    return sites[0] if sites else getattr(model, "_memlm_site", None) or find_key_site(model, None)
 
 
 def _mix(
