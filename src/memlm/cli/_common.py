@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, ModelError
+from ..text import count as count
 from ..text import printable
 
 if TYPE_CHECKING:
@@ -196,7 +197,8 @@ def behind(endpoint: str | None, model: str | None, top: int, encoder: LanguageM
 def check_k(k: int, memory: Datastore) -> None:
     """Raise ConfigError where more neighbors are asked for than there are."""
     if k > len(memory):
-        raise ConfigError(f"k is {k:,}, but {memory.path} has {len(memory):,} entries; expected at most so many")
+        entries = count(len(memory), "entry", "entries")
+        raise ConfigError(f"k is {k:,}, but {memory.path} has {entries}; expected at most so many")
 
 
 def load_mixture(path: Path | None, weight: float | None, temperature: float | None, k: int | None) -> AnyMixture:
@@ -253,11 +255,6 @@ def check_text(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"the {name} is not valid UTF-8; expected text") from error
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number of things."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def metric_name(metric: str) -> str:

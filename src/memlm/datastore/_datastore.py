@@ -17,6 +17,7 @@ from ..errors import ConfigError, DatastoreCorrupt, ShapeError
 from ..evidence import METRICS, SQUARED_L2, Found
 from ..index import Index, build_index, check_factory, open_index
 from ..neighbors import Neighbors
+from ..text import count
 from ._build import Encoder, build_segments
 from ._manifest import Manifest, Part
 from ._segment import Segment, text_sha256
@@ -317,4 +318,5 @@ class Datastore:
         }
 
     def __repr__(self) -> str:
-        return f"Datastore({str(self.path)!r}, {len(self):,} entries, {self.manifest.documents:,} documents)"
+        entries, documents = count(len(self), "entry", "entries"), count(self.manifest.documents, "document")
+        return f"Datastore({str(self.path)!r}, {entries}, {documents})"

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..files import write_atomically, write_json
 from ..mixtures import Mixture
+from ..text import count
 from ._analysis import Analysis
 from ._bootstrap import Interval
 
@@ -150,7 +151,8 @@ class Comparison:
 
     def __str__(self) -> str:
         saving = [] if self.saving is None else [str(self.saving)]
-        return "\n".join([*table(self), f"{self.tokens:,} test tokens; 95 % intervals over {self.unit}", *saving])
+        tokens = count(self.tokens, "test token")
+        return "\n".join([*table(self), f"{tokens}; 95 % intervals over {self.unit}", *saving])
 
 
 def table(comparison: Comparison) -> list[str]:

@@ -14,6 +14,7 @@ from ..cache import Cache
 from ..datastore import Pointers
 from ..mixtures import Mixture
 from ..models import Scorer
+from ..text import count
 from ._bootstrap import Interval, paired_bootstrap
 from ._retrieval import Memory, Text, as_memories, retrieve
 
@@ -123,7 +124,7 @@ class Evaluation:
             )
         first, last = self.results[0], self.results[-1]
         lines.append(
-            f"{first.tokens:,} tokens; perplexity {100 * (last.perplexity / first.perplexity - 1):+.1f} %; gain "
+            f"{count(first.tokens, 'token')}; perplexity {100 * (last.perplexity / first.perplexity - 1):+.1f} %; gain "
             f"{self.gain}; {100 * self.helped:.0f} % of tokens helped, {100 * self.hurt:.0f} % hurt"
         )
         return "\n".join(lines)
@@ -154,6 +155,7 @@ def evaluate(
         show_progress: Show rate and time left on stderr.
 
     Raises:
+        ConfigError: A cache remembers less than the mixture looks at.
         CorpusError: No text.
         DatastoreMismatch: The datastore was built with another model, tokenizer or key site, or a memory is not of the
             kind that the mixture is for.

@@ -30,6 +30,7 @@ from ..mixtures import (
     spread,
 )
 from ..models import Scorer
+from ..text import count
 from ._bootstrap import Interval, paired_bootstrap, units
 from ._retrieval import Retrieved, Text, gather, retrieve
 
@@ -74,7 +75,8 @@ class Tuning:
 
     def verdict(self) -> str:
         """Say in one sentence whether the memory helps."""
-        change = f"perplexity {self.lm_perplexity:,.2f} → {self.perplexity:,.2f} on {self.tokens:,} held-out tokens"
+        tokens = count(self.tokens, "held-out token")
+        change = f"perplexity {self.lm_perplexity:,.2f} → {self.perplexity:,.2f} on {tokens}"
         best = self.best
         settings = f"{best.describe()}"
         if self.helps:
