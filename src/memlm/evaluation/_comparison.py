@@ -14,6 +14,7 @@ from ..mixtures import Mixture
 from ..text import count
 from ._analysis import Analysis
 from ._bootstrap import Interval
+from ._evaluate import finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +51,9 @@ class Row:
     shuffled: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return plain values; None for a perplexity that no float holds."""
         intervals = {"over_fixed": self.over_fixed.to_dict(), "over_cache": self.over_cache.to_dict()}
-        return dataclasses.asdict(self) | intervals
+        return finite(dataclasses.asdict(self)) | intervals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +79,9 @@ class Saving:
         """How many times as fast it is with skipping."""
         return self.tokens_per_second / self.tokens_per_second_always
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return {**dataclasses.asdict(self), "speedup": self.speedup}
+        return finite({**dataclasses.asdict(self), "speedup": self.speedup})
 
     def __str__(self) -> str:
         return (
@@ -127,7 +128,7 @@ class Comparison:
             "tokens": self.tokens,
             "valid_tokens": self.valid_tokens,
             "unit": self.unit,
-            "skipping": self.skipping,
+            "skipping": [finite(row) for row in self.skipping],
             "saving": None if self.saving is None else self.saving.to_dict(),
             "analysis": self.analysis.to_dict(),
             "settings": self.settings,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..cache import Cache
 from ..datastore import Pointers
-from ..mixtures import Mixture
+from ..mixtures import Mixture, perplexity
 from ..models import Scorer
 from ..text import count
 from ._bootstrap import Interval, paired_bootstrap
@@ -42,12 +42,12 @@ class Result:
     @property
     def perplexity(self) -> float:
         """Per token."""
-        return _exp(self.nats / self.tokens)
+        return perplexity(self.nats / self.tokens)
 
     @property
     def word_perplexity(self) -> float:
         """Per word: the same total, divided among fewer units."""
-        return _exp(self.nats / max(1, self.words))
+        return perplexity(self.nats / max(1, self.words))
 
     @property
     def bits_per_byte(self) -> float:
@@ -61,13 +61,13 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; None for what is infinite (where λ = 1 made a token impossible)."""
-        return _finite(
+        return finite(
             {
                 "method": self.method,
                 "perplexity": self.perplexity,
                 "word_perplexity": self.word_perplexity,
                 "bits_per_byte": self.bits_per_byte,
-                "byte_perplexity": _exp(self.bits_per_byte * math.log(2)),
+                "byte_perplexity": perplexity(self.bits_per_byte * math.log(2)),
                 "nats": self.nats,
                 "tokens": self.tokens,
                 "words": self.words,
@@ -226,12 +226,8 @@ def _describe(memory: Memory) -> dict[str, Any]:
     }
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
+def finite(values: dict[str, Any]) -> dict[str, Any]:
     """Put None, which JSON has, in the place of numbers that are not finite."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

@@ -301,14 +301,15 @@ def gather(parts: Iterable[Retrieved], tokens: int | None = None) -> Retrieved:
 
     Args:
         parts: From `retrieve`; at least one.
-        tokens: Targets in all of them; None counts them, and holds all batches at once.
+        tokens: Targets in all of them: of `retrieve(lm, text, …)` it is text.tokens, because every target comes once,
+            under its number in the text. None counts them, and holds all batches at once.
     """
     if tokens is None:
         parts = list(parts)
         tokens = sum(len(part.rows) for part in parts)
     targets, lm_log_probs = torch.empty(tokens, dtype=torch.long), torch.empty(tokens)
     evidence: Evidence | None = None
-    searched = model_seconds = 0.0
+    placed, searched, model_seconds = 0, 0.0, 0.0
     search_seconds: list[tuple[float, ...]] = []
     for part in parts:
         memories = tuple(found._replace(entries=found.entries[:, :1]) for found in part.evidence.memories)
@@ -316,11 +317,13 @@ def gather(parts: Iterable[Retrieved], tokens: int | None = None) -> Retrieved:
         evidence = kept.room(tokens) if evidence is None else evidence
         evidence.put(part.rows, kept)
         targets[part.rows], lm_log_probs[part.rows] = part.targets, part.lm_log_probs
+        placed += len(part.rows)
         searched += part.searched * len(part.rows)
         model_seconds += part.model_seconds
         search_seconds.append(part.search_seconds)
         del part, memories, kept  # before the next batch is made
     assert evidence is not None
+    assert placed == tokens, f"{placed} targets for {tokens} places: the others would hold anything"
     return Retrieved(
         rows=torch.arange(tokens),
         targets=targets,

@@ -27,11 +27,13 @@ from ..mixtures import (
     fit,
     folds,
     memory_probabilities,
+    perplexity,
     spread,
 )
 from ..models import Scorer
 from ..text import count
 from ._bootstrap import Interval, paired_bootstrap, units
+from ._evaluate import finite
 from ._retrieval import Retrieved, Text, gather, retrieve
 
 _SAMPLE = 1 << 14  # targets by which temperatures are compared before those near the best see all
@@ -64,10 +66,10 @@ class Tuning:
     grid: list[dict[str, float]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the grid as plain values."""
+        """Return everything but the grid as plain values; None for a perplexity that no float holds."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "grid"}
         return {
-            **values,
+            **finite(values),
             "mixture": self.mixture.to_dict(),
             "best": self.best.to_dict(),
             "gain": self.gain.to_dict(),
@@ -139,7 +141,7 @@ def tune_report(
     k = min(max_k, len(memory))
     beliefs = kind not in ("knn", "buckets", "exponential", "logistic")
     options = {"beliefs": beliefs, "show_progress": show_progress, "description": "tuning"}
-    cached = gather(list(retrieve(lm, text, memory, [k], **options)))
+    cached = gather(retrieve(lm, text, memory, [k], **options), text.tokens)
     return tune_cached(cached, text.document_of_target, kind, memory.statistics() if beliefs else None)
 
 
@@ -188,14 +190,14 @@ def tune_cached(
         mixture=best if helps else dataclasses.replace(fixed, interpolation_weight=0.0),
         helps=helps,
         best=best,
-        lm_perplexity=math.exp(-float(lm.mean())),
-        perplexity=math.exp(-float(mixed.mean())),
+        lm_perplexity=perplexity(-float(lm.mean())),
+        perplexity=perplexity(-float(mixed.mean())),
         gain=gain,
         tokens=len(lm),
         grid=[
             {
                 **{name: row[name] for name in ("k", "temperature", "interpolation_weight")},
-                "perplexity": math.exp(row["nats"]),
+                "perplexity": perplexity(row["nats"]),
             }
             for row in rows
         ],
