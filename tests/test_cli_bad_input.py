@@ -334,6 +334,27 @@ def test_a_folder_that_takes_no_files_is_refused_before_anything_is_compared(wor
     assert "kept allows no new files; name another folder" in refused(*command, place=place)
 
 
+@pytest.mark.parametrize(
+    ("save", "words"),
+    [
+        ("kept/mixture.json", "kept allows no new files; name another folder"),
+        ("kept", "kept allows no new files; name another folder"),
+        ("pipe", "pipe cannot be written: it is no file; name another one"),
+        ("mixture.safetensors", "mixture.safetensors would be the name of tensors; expected another suffix"),
+        ("nowhere/mixture.json", "there is no folder nowhere; make it first"),
+        ("text.txt/mixture.json", "there is no folder text.txt; make it first"),
+    ],
+)
+def test_a_place_where_no_mixture_can_be_saved_is_refused_before_anything_is_tuned(
+    world, place, monkeypatch, save, words
+):
+    (place / "kept").mkdir()
+    os.mkfifo(place / "pipe")
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "kept")  # to root everything is open
+    monkeypatch.setattr("memlm.evaluation.tune_report", pytest.fail)
+    assert words in refused("tune", world.model, world.memory, "text.txt", "--save", save, place=place)
+
+
 def test_a_comparison_is_shown_before_it_is_written(world, place, monkeypatch):
     """A disk that is full, or a folder that is gone meanwhile, does not cost the result."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -245,6 +246,20 @@ def check_output(path: Path | None, *suffixes: str) -> None:
         raise ConfigError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} cannot be written: it is no file; name another one")
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that can be neither made nor written to before the work is done, not after."""
+    place = folder
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"{folder} cannot be written to: {place} is not a folder; name another one")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder} cannot be written to: {place} allows no new files; name another folder")
 
 
 def check_text(name: str, text: str) -> None:
