@@ -46,11 +46,13 @@ class _CacheMixture(Mixture):
         """See `Mixture.expects`."""
         return (CACHE,)
 
-    def _scores(self, evidence: Evidence) -> Tensor:
+    def _scores(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
+        """Return the score of every entry looked at, shape (n, length), and whether there is any, bool, (n, 1)."""
         found = evidence.memories[0].nearest(self.length)
         if found.ages is None:
             raise ConfigError("a cache mixture was given a datastore; pass a Cache")
-        return ops.cache_scores(-found.distances, found.present, found.ages, self.scale, self.forgetting)
+        scores = ops.cache_scores(-found.distances, found.present, found.ages, self.scale, self.forgetting)
+        return scores, found.present.any(dim=1, keepdim=True)
 
     def _past(self) -> str:
         age = f", forgetting in {1 / self.forgetting:,.0f} tokens" if self.forgetting else ""
@@ -77,8 +79,7 @@ class CacheMixture(_CacheMixture):
 
     def mix(self, evidence: Evidence) -> Mix:
         """See `Mixture.mix`."""
-        scores = self._scores(evidence)
-        some = evidence.memories[0].present.any(dim=1, keepdim=True)
+        scores, some = self._scores(evidence)
         return Mix(self.interpolation_weight * some, (log_shares(scores, some),))
 
     def describe(self) -> str:
@@ -110,8 +111,7 @@ class SharedCacheMixture(_CacheMixture):
     def mix(self, evidence: Evidence) -> Mix:
         """See `Mixture.mix`."""
         normalizer = known_normalizer(evidence.belief)
-        scores = self._scores(evidence)
-        some = evidence.memories[0].present.any(dim=1, keepdim=True)
+        scores, some = self._scores(evidence)
         mass = scores.logsumexp(dim=1).masked_fill(~some[:, 0], -torch.inf)
         weight = ops.shared_softmax_weight(mass, normalizer, self.bias)
         return Mix(weight[:, None], (log_shares(scores, some),))

@@ -61,6 +61,7 @@ class GateMixture(Mixture):
 
     def mix(self, evidence: Evidence) -> Mix:
         """See `Mixture.mix`."""
+        evidence = evidence.nearest(self.ks)
         mixes = member_mixes(self.members, evidence)
         said = self.network(gate_features(self.members, mixes, evidence))
         some = torch.stack([found.present.any(dim=1) for found in evidence.memories], dim=1)

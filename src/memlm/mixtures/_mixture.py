@@ -62,7 +62,7 @@ class Mixture(ABC):
 
     @abstractmethod
     def mix(self, evidence: Evidence) -> Mix:
-        """Set the weight of every memory and the share of every neighbor."""
+        """Set the weight of every memory and the share of each of its `ks` nearest neighbors; others are left out."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -197,6 +197,7 @@ class DatastoreMixture(Mixture):
 
     def mix(self, evidence: Evidence) -> Mix:
         """See `Mixture.mix`."""
+        evidence = evidence.nearest(self.ks)
         found = evidence.memories[0]
         shares = ops.knn_log_weights(found.distances, found.present, temperature=self.temperature)
         return Mix(self.weights(evidence)[:, None], (shares,))
@@ -230,7 +231,8 @@ def check_memory(kind: str, expected: str, memory: Any) -> None:
 
 def memory_likelihoods(log_shares: Sequence[Tensor], evidence: Evidence, targets: Tensor) -> Tensor:
     """Return p of each memory at the targets, float32, shape (n, memories); the shares are those of a `Mix`."""
-    pairs = zip(log_shares, evidence.memories, strict=True)
+    memories = evidence.nearest([shares.shape[1] for shares in log_shares]).memories
+    pairs = zip(log_shares, memories, strict=True)
     columns = [ops.knn_target_log_probs(shares, found.tokens, targets) for shares, found in pairs]
     return torch.stack(columns, dim=1).exp()
 
