@@ -127,7 +127,8 @@ def test_where_the_model_began_to_write(lm, memory):
 
 def test_one_of_something_is_not_said_to_be_several(lm, memory, tmp_path):
     one = store(lm, {"alone": "a"}, tmp_path / "memory")
-    assert explain(lm, "the", one, MIXTURE).settings["memory"] == "2 entries, 1 document"
+    few = KnnMixture(interpolation_weight=0.5, temperature=10.0, k=2)
+    assert explain(lm, "the", one, few).settings["memory"] == "2 entries, 1 document"
     assert repr(one).endswith("2 entries, 1 document)")
     assert explain(lm, "the", memory, MIXTURE).settings["memory"].endswith(" entries, 3 documents")
     cache = CacheMixture(interpolation_weight=0.1, scale=1.0, length=1)
