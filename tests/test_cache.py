@@ -203,6 +203,20 @@ def test_both_forms_are_distributions(form):
     np.testing.assert_allclose(mixture.log_probs(lm, longer[0]), mixture.log_probs(lm, same[0]), atol=1e-6)
 
 
+def test_descriptions_name_the_past():
+    def said(**more):
+        return CacheMixture(interpolation_weight=0.1, scale=2.0, **more).describe()
+
+    assert said(length=1) == "λ 0.100, θ 2, the last token"
+    assert said(length=2048, forgetting=1 / 1500) == "λ 0.100, θ 2, last 2,048 tokens, forgetting in 1,500 tokens"
+    assert said(length=5, forgetting=math.exp(4)).endswith(", forgetting in 0.018 tokens")
+    assert (
+        TrimeMixture(temperature=1.0, length=5, forgetting=0.4)
+        .describe()
+        .endswith("last 5 tokens, forgetting in 2.5 tokens")
+    )
+
+
 def test_what_cannot_work_is_refused():
     evidence, logits, *_ = asked()
     for wrong in ({"scale": -1.0}, {"scale": float("inf")}, {"forgetting": -0.1}, {"length": 0}):

@@ -55,8 +55,7 @@ class _CacheMixture(Mixture):
         return scores, found.present.any(dim=1, keepdim=True)
 
     def _past(self) -> str:
-        age = f", forgetting in {1 / self.forgetting:,.0f} tokens" if self.forgetting else ""
-        return f"θ {self.scale:.3g}, last {self.length:,} tokens{age}"
+        return f"θ {self.scale:.3g}, {past(self.length, self.forgetting)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +118,13 @@ class SharedCacheMixture(_CacheMixture):
     def describe(self) -> str:
         """See `Mixture.describe`."""
         return f"one softmax, α {self.bias:.3g}, {self._past()}"
+
+
+def past(length: int, forgetting: float) -> str:
+    """Say which past is looked at, and how fast it is forgotten."""
+    tokens = "the last token" if length == 1 else f"last {length:,} tokens"
+    age = 1 / forgetting if forgetting else 0.0
+    return f"{tokens}, forgetting in {f'{age:,.0f}' if age >= 10 else f'{age:.2g}'} tokens" if age else tokens
 
 
 def known_normalizer(belief: Belief | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import ConfigError
 from ..evidence import Belief, Evidence, Found
+from ..text import count
 from ._features import features
 from ._mixture import DatastoreMixture, Mix, Mixture
 from ._network import Network
@@ -71,7 +72,8 @@ class GateMixture(Mixture):
     def describe(self) -> str:
         """See `Mixture.describe`."""
         members = "; ".join(member.describe() for member in self.members)
-        return f"λ of {len(self.members)} memories by a network of {self.network.parameters:,} parameters ({members})"
+        memories = count(len(self.members), "memory", "memories")
+        return f"λ of {memories} by a network of {self.network.parameters:,} parameters ({members})"
 
 
 def gate_weights(said: Tensor, own: Tensor, some: Tensor) -> Tensor:

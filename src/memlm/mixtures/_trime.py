@@ -10,7 +10,7 @@ import torch
 from .. import ops
 from ..errors import ConfigError
 from ..evidence import INNER_PRODUCT, Evidence
-from ._cache import known_normalizer, log_shares
+from ._cache import known_normalizer, log_shares, past
 from ._mixture import CACHE, Mix, Mixture, check_count, check_number, check_positive, check_weight
 
 
@@ -105,8 +105,7 @@ class TrimeMixture(Mixture):
         if self.k:
             parts.append(f"k {self.k:,}")
         if self.length:
-            age = f", forgetting in {1 / self.forgetting:,.0f} tokens" if self.forgetting else ""
-            parts.append(f"last {self.length:,} tokens{age}")
+            parts.append(past(self.length, self.forgetting))
         if self.interpolation_weight:
             parts.append(f"again λ {self.interpolation_weight:.3f} at temperature {self.interpolation_temperature:.3g}")
         return ", ".join(parts)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..cache import Cache
 from ..errors import ModelError
 from ..evidence import Belief, Evidence, Found
+from ..text import count
 from ._capture import Captured, capture, check_key_site, keys_of
 from ._identity import encoder_fingerprint
 from ._past import Past, past_of
@@ -88,7 +89,8 @@ def attach(model: Any, memory: Any, mixture: Mixture) -> Iterator[Any]:
         raise ModelError("a memory is attached to this model already; leave that block first")
     memories = list(memory) if isinstance(memory, list | tuple) else [memory]
     if len(memories) != len(mixture.ks):
-        raise ModelError(f"the mixture is for {len(mixture.ks)} memories, {len(memories)} are given; pass one for each")
+        asked = count(len(mixture.ks), "memory", "memories")
+        raise ModelError(f"the mixture is for {asked}, {len(memories)} are given; pass one for each")
     site = _common_site(model, memories)
     mixture.check_memories(memories)
     check_key_site(model, site)
