@@ -151,6 +151,10 @@ def test_tune_with_a_model(tmp_path):
     own = store(lm, TEXTS, tmp_path / "own")
     fair = tune_report(lm, own, documents(TEXTS), show_progress=False)
     assert fair.perplexity > 3 * mixed.perplexity, "documents do not see their own entries while tuning"
+    alone = store(lm, TEXTS[:1], tmp_path / "alone")
+    for kind in ("knn", "adapter"):
+        with pytest.warns(UserWarning, match=r"finds a neighbor, .*; fit to text that is not stored"):
+            assert not tune_report(lm, alone, documents(TEXTS[:1]), kind=kind, show_progress=False).helps
     bare = LanguageModel(
         tiny_model("llama"), bare_tokenizer(), "llama"
     )  # with an end of text, all texts would have a token in common

@@ -20,6 +20,7 @@ from ..errors import ConfigError, CorpusError
 from ..evidence import Belief, Evidence, Found, join_beliefs
 from ..models import ScoredBatch, Scorer
 from ..progress import progress
+from ..text import count
 
 _GROUP = 1 << 15  # tokens of documents that are cut and batched together
 _SEARCHED_TOGETHER = 1 << 13  # queries
@@ -140,6 +141,16 @@ def check_same(lm: Scorer, memory: Datastore) -> None:
         )
 
 
+def warn_if_nothing_is_found(found: Found, stacklevel: int) -> None:
+    """Warn where a datastore found nothing for a whole text to fit to; `stacklevel` as in `warnings.warn`."""
+    if not bool(found.present.any()):
+        warnings.warn(
+            "no token of the text to fit to finds a neighbor, since a stored document does not see its own entries: "
+            "λ of the datastore is 0; fit to text that is not stored",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def retrieve(
     lm: Scorer,
     text: Text,
@@ -171,7 +182,8 @@ def retrieve(
     """
     memories = as_memories(memory)
     if len(ks) != len(memories):
-        raise ConfigError(f"the mixture is for {len(ks)} memories, {len(memories)} are given; pass one for each")
+        asked = count(len(ks), "memory", "memories")
+        raise ConfigError(f"the mixture is for {asked}, {len(memories)} are given; pass one for each")
     own: dict[int, np.ndarray] = {}
     for place, datastore in enumerate(map(datastore_of, memories)):
         if datastore is not None:

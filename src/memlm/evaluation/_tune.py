@@ -34,7 +34,7 @@ from ..models import Scorer
 from ..text import count
 from ._bootstrap import Interval, paired_bootstrap, units
 from ._evaluate import finite
-from ._retrieval import Retrieved, Text, gather, retrieve
+from ._retrieval import Retrieved, Text, gather, retrieve, warn_if_nothing_is_found
 
 _SAMPLE = 1 << 14  # targets by which temperatures are compared before those near the best see all
 _OCTAVES = 8  # temperatures go from the typical distance × 2^−6 to × 2^2, in steps of half an octave
@@ -90,8 +90,8 @@ class Tuning:
 def tune(lm: Scorer, memory: Any, source: Any, **settings: Any) -> Mixture:
     """Choose λ, temperature and k by the likelihood of held-out text; see `tune_report` for the settings.
 
-    Warns where the memory does not help; the mixture returned is then the model alone (λ = 0), but for "trime", which
-    has no such setting.
+    Warns where the memory does not help, and where nothing is found because all of the text is stored. The mixture
+    returned is then the model alone (λ = 0), but for "trime", which has no such setting.
     """
     report = tune_report(lm, memory, source, **settings)
     if not report.helps:
@@ -112,7 +112,8 @@ def tune_report(
     """Choose λ, temperature and k by the likelihood of held-out text, and tell how sure the gain is.
 
     Temperatures form a grid around the typical distance, k runs over powers of two, and λ is the exact optimum for each
-    pair. Documents of the held-out text that are stored in the datastore do not see their own entries.
+    pair. Documents of the held-out text that are stored in the datastore do not see their own entries; warns where
+    nothing is left to find.
 
     Args:
         lm: The model that made the datastore's keys, or a `BlackBox` whose encoder made them.
@@ -142,6 +143,7 @@ def tune_report(
     beliefs = kind not in ("knn", "buckets", "exponential", "logistic")
     options = {"beliefs": beliefs, "show_progress": show_progress, "description": "tuning"}
     cached = gather(retrieve(lm, text, memory, [k], **options), text.tokens)
+    warn_if_nothing_is_found(cached.found, 2)
     return tune_cached(cached, text.document_of_target, kind, memory.statistics() if beliefs else None)
 
 

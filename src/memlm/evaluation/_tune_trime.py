@@ -13,7 +13,7 @@ from ..evidence import INNER_PRODUCT
 from ..mixtures import CACHE, HeldOut, TrimeMixture, check_memory, fit_trime, perplexity
 from ..models import Scorer
 from ._bootstrap import paired_bootstrap, units
-from ._retrieval import Memory, Retrieved, Text, as_memories, gather, retrieve
+from ._retrieval import Memory, Retrieved, Text, as_memories, gather, retrieve, warn_if_nothing_is_found
 from ._tune import Tuning
 
 _KEPT = 1 << 25  # neighbors of all targets that are held in memory together
@@ -57,6 +57,8 @@ def tune_trime(
     options = {"beliefs": True, "show_progress": show_progress, "description": "tuning"}
     documents = text.document_of_target[::every]
     cached = gather(_thinned(retrieve(lm, text, memories, ks, **options), every), len(documents))
+    if not isinstance(memories[0], Cache):
+        warn_if_nothing_is_found(cached.found, 3)
     held = HeldOut(cached.targets, cached.lm_log_probs, cached.evidence, units(documents)[0])
     best = fit_trime(held)
     mixed, alone = held.log_probs(best), cached.lm_log_probs.double()
