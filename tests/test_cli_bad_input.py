@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -332,6 +333,42 @@ def test_a_folder_that_takes_no_files_is_refused_before_anything_is_compared(wor
     monkeypatch.setattr("memlm.evaluation.compare", pytest.fail)
     command = ["compare", world.model, world.memory, "--valid", "text.txt", "--test", "text.txt", *options]
     assert "kept allows no new files; name another folder" in refused(*command, place=place)
+
+
+@pytest.mark.parametrize(
+    ("save", "words"),
+    [
+        ("kept/mixture.json", "kept allows no new files; name another folder"),
+        ("kept", "kept allows no new files; name another folder"),
+        ("pipe", "pipe cannot be written: it is no file; name another one"),
+        ("mixture.safetensors", "mixture.safetensors would be the name of tensors; expected another suffix"),
+        ("nowhere/mixture.json", "there is no folder nowhere; make it first"),
+        ("text.txt/mixture.json", "there is no folder text.txt; make it first"),
+    ],
+)
+def test_a_place_where_no_mixture_can_be_saved_is_refused_before_anything_is_tuned(
+    world, place, monkeypatch, save, words
+):
+    (place / "kept").mkdir()
+    os.mkfifo(place / "pipe")
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "kept" or not mode & os.W_OK)  # root may write
+    monkeypatch.setattr("memlm.evaluation.tune_report", pytest.fail)
+    assert words in refused("tune", world.model, world.memory, "text.txt", "--save", save, place=place)
+
+
+def test_a_warning_is_one_line(world):
+    """pytest makes an error of each, so it runs as users do."""
+    stored = world.texts / "alone.txt"
+    stored.write_text("The cat was in the house.")
+    assert run("build", world.model, stored, "--output", world.texts / "alone").code == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        shown = warnings.showwarning
+        tuned = run("tune", world.model, world.texts / "alone", stored)
+        assert warnings.showwarning is shown
+    assert (tuned.code, tuned.out.startswith("memory does not help here: ")) == (0, True)
+    (line,) = [line for line in tuned.err.splitlines() if not line.startswith("tuning: ")]
+    assert line.startswith("memlm: no token of the text to fit to finds a neighbor, ")
 
 
 def test_a_comparison_is_shown_before_it_is_written(world, place, monkeypatch):

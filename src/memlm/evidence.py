@@ -11,6 +11,8 @@ from torch import Tensor
 # What a smaller distance means; the names are those of a datastore's manifest.
 SQUARED_L2, INNER_PRODUCT = METRICS = ("squared_l2", "inner_product")
 LATELY = 64  # tokens of the text that a mixture may look back at
+# Entries of one memory that a target may look at: what a mixture finds is a matrix of targets × entries
+MOST_ENTRIES = 1 << 20
 
 
 class Found(NamedTuple):

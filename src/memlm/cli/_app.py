@@ -7,6 +7,8 @@ Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a c
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import Any
 
 import typer
 
@@ -59,7 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # "?" for λ, say, on a terminal that lacks it
     try:
-        app(arguments, prog_name="memlm")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app(arguments, prog_name="memlm")
     except (MemlmError, OSError) as error:
         if "--debug" in arguments:
             raise
@@ -69,6 +73,11 @@ def main(arguments: list[str] | None = None) -> None:
         if leaving.code == 130:
             typer.secho("memlm: interrupted", fg=typer.colors.RED, err=True)
         raise
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Print a warning in one line; where in the source it arose is of no use to who runs a command."""
+    typer.secho(f"memlm: {' '.join(printable(str(message)).split())}", fg=typer.colors.YELLOW, err=True)
 
 
 def _reason(error: Exception) -> str:

@@ -16,11 +16,13 @@ from torch import Tensor
 from .. import ops
 from ..errors import ConfigError
 from ..evidence import LATELY, Belief, Evidence, Found
+from ..text import count
 from ._features import features
 from ._mixture import CACHE, DatastoreMixture, Mix, Mixture
 from ._network import Network
 
 _SPANS = (16, 64)  # tokens in which what was read counts e times less
+_MOST_MEMORIES = 16  # a target looks at the entries of all of them at once
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,7 +36,7 @@ class GateMixture(Mixture):
             the gate sees which datastore the text is like; None where there is nothing to choose between.
 
     Raises:
-        ConfigError: The network is for another number of memories, or a member is for several.
+        ConfigError: The network is for another number of memories, these are over 16, or a member is for several.
     """
 
     kind: ClassVar[str] = "gate"
@@ -54,6 +56,8 @@ class GateMixture(Mixture):
             or not bool(table.isfinite().all())
         ):
             raise ConfigError("the gate's table of token frequencies is damaged; fit it again")
+        if len(self.members) > _MOST_MEMORIES:
+            raise ConfigError(f"a gate over {len(self.members):,} memories; expected up to {_MOST_MEMORIES}")
         if any(len(member.ks) != 1 for member in self.members) or self.network.outputs != len(self.members) + 1:
             raise ConfigError(
                 f"a gate over {len(self.members)} memories needs a member for each and a network with one output more, "
@@ -77,6 +81,7 @@ class GateMixture(Mixture):
 
     def mix(self, evidence: Evidence) -> Mix:
         """See `Mixture.mix`."""
+        evidence = evidence.nearest(self.ks)
         mixes = member_mixes(self.members, evidence)
         said = self.network(gate_features(self.members, mixes, evidence, self.familiarity))
         some = torch.stack([found.present.any(dim=1) for found in evidence.memories], dim=1)
@@ -86,7 +91,8 @@ class GateMixture(Mixture):
     def describe(self) -> str:
         """See `Mixture.describe`."""
         members = "; ".join(member.describe() for member in self.members)
-        return f"λ of {len(self.members)} memories by a network of {self.network.parameters:,} parameters ({members})"
+        memories = count(len(self.members), "memory", "memories")
+        return f"λ of {memories} by a network of {self.network.parameters:,} parameters ({members})"
 
 
 def gate_weights(said: Tensor, own: Tensor, some: Tensor) -> Tensor:

@@ -38,9 +38,9 @@ class Past(NamedTuple):
 
     def recall(self, cache: Cache, kept: Tensor) -> Found:
         """Let the kept places (numbers within this pass, int64, shape (kept,)) of every row look back."""
-        first = int(kept.min())
+        first, stop = int(kept.min()), int(kept.max()) + 1
         rows = [
-            cache.recall(self.keys[row], self.tokens[row], self.before + first, known=self.known[row])
+            cache.recall(self.keys[row], self.tokens[row], self.before + first, self.before + stop, self.known[row])
             for row in range(len(self.keys))
         ]
         places = (kept - first).to(self.keys.device)
