@@ -170,7 +170,8 @@ KINDS = {"local": Local(), "long": LongTerm(), "external": External(drop_own=0.5
 
 @given(batches(), st.sets(st.sampled_from(sorted(KINDS))))
 def test_what_is_seen_is_the_union(rows, names):
-    allowed = visible([KINDS[name] for name in sorted(names)], places_of(rows))
+    places = places_of(rows)
+    allowed = visible([KINDS[name] for name in sorted(names)], places, places)
     np.testing.assert_array_equal(allowed.numpy(), seen_by_loops(rows, names))
 
 
@@ -181,8 +182,10 @@ def test_external_memory_takes_the_own_segment_away(rows, update):
     dropped = {row[0] for row, drop in zip(rows, drops.tolist(), strict=True) if drop}
     kept = {row[0] for row, drop in zip(rows, drops.tolist(), strict=True) if not drop}
     assert not dropped & kept, "a segment is dropped whole"
-    allowed = visible(memories, places, draw=(7, update))
+    allowed = visible(memories, places, places, draw=(7, update))
     np.testing.assert_array_equal(allowed.numpy(), seen_by_loops(rows, KINDS, dropped))
+    for some in (slice(0, 2), slice(2, 30)):
+        assert visible(memories, places.rows(some), places, draw=(7, update)).equal(allowed[some])
 
 
 def test_how_often_the_own_segment_is_dropped():

@@ -6,12 +6,13 @@ LM, `input_ids` and `labels`, with three more fields a row: see `Segments`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..errors import ConfigError
@@ -20,6 +21,7 @@ from ._memories import LongTerm, Places, TrainingMemory, visible
 
 PLACES = ("segment", "document", "position")
 IGNORED = -100
+_CHUNK = 1 << 24  # similarities computed at once: all of up to 4,096 targets
 
 
 class TargetLogProbs(NamedTuple):
@@ -106,12 +108,17 @@ class TrimeLoss:
         site = find_key_site(getattr(model, "module", model), self.key_site)
         output, keys = forward_with_keys(model, site, _inputs(batch))
         kept, tokens = _targets(batch)
-        logits, keys = output.logits[:, :-1][kept].float(), keys[:, :-1][kept]  # (n, vocabulary), (n, key width)
-        allowed = visible(self.memories, self._places(batch, kept), draw)
-        similarities = ops.similarities(keys, keys)
-        with_memory = ops.trime_log_probs(logits, similarities, allowed, tokens, tokens, self.temperature)
+        logits, keys = output.logits[:, :-1][kept], keys[:, :-1][kept]  # (n, vocabulary), (n, key width)
+        places = self._places(batch, kept)
+
+        def chunk(rows: slice, logits: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+            allowed = visible(self.memories, places.rows(rows), places, draw)  # (chunk, n)
+            similarities = ops.similarities(queries, keys)
+            return ops.trime_log_probs(logits, similarities, allowed, tokens, tokens[rows], self.temperature)
+
+        with_memory = _by_chunks(chunk, logits, keys)
         with torch.no_grad():
-            without = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+            without = -torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none")
         return TargetLogProbs(with_memory, without)
 
     def _places(self, batch: Mapping[str, Tensor], kept: Tensor) -> Places:
@@ -137,6 +144,21 @@ def plain_log_probs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     output = model(**({"use_cache": False, "return_dict": True} | _inputs(batch)))
     kept, tokens = _targets(batch)
     return -torch.nn.functional.cross_entropy(output.logits[:, :-1][kept].float(), tokens, reduction="none")
+
+
+def _by_chunks(chunk: Callable[[slice, Tensor, Tensor, Tensor], Tensor], logits: Tensor, keys: Tensor) -> Tensor:
+    """Call a function of (rows, their logits, their queries, all keys) for so many rows as there is memory for.
+
+    Where that makes several chunks, each is computed again for its gradients, and nothing of the size of all targets
+    squared ever exists.
+    """
+    count = len(keys)
+    size = max(1, _CHUNK // max(1, count))
+    chunks = [slice(first, first + size) for first in range(0, max(1, count), size)]
+    if len(chunks) == 1:
+        return chunk(chunks[0], logits, keys, keys)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in it is random
+    return torch.cat([checkpoint(chunk, rows, logits[rows], keys[rows], keys, **options) for rows in chunks])
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
