@@ -21,11 +21,11 @@ from memlm.training import (
     Segments,
     TrimeLoss,
     TrimeTrainer,
+    _trime,
     bm25_chain,
     bm25_segments,
     consecutive_segments,
 )
-from memlm.training import _trime
 from oracle import teacher_forced
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
