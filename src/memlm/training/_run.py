@@ -22,10 +22,12 @@ def check_recipe(described: dict[str, Any], fixed: list[str], output: Path) -> N
         output: Folder of the run, whose `recipe.json` has the recipe of before.
 
     Raises:
-        ConfigError: Something is not as it was.
+        ConfigError: Something is not as it was, or the folder holds something else than a run.
     """
     path = output / "recipe.json"
     if not path.exists():
+        for other in output.iterdir() if output.exists() else ():
+            raise ConfigError(f"{output} holds {other.name}, which no run made; name a new folder")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     for key in fixed:
