@@ -99,8 +99,22 @@ class External:
         return torch.tensor(drawn, dtype=torch.bool, device=segments.device)[where]
 
 
+def drops(memories: Sequence[TrainingMemory], segments: Tensor, draw: tuple[int, int] | None) -> Tensor | None:
+    """Return whether the segment of each target may not look at itself, bool, shape (n,); None where all may.
+
+    Args:
+        memories: As for `visible`.
+        segments: Number of the segment of each target, int64, shape (n,).
+        draw: Seed and number of the update; None, as in evaluation, drops nothing.
+    """
+    external = [memory for memory in memories if isinstance(memory, External)]
+    if draw is None or not external:
+        return None
+    return torch.stack([memory.drops(segments, draw) for memory in external]).any(dim=0)
+
+
 def visible(
-    memories: Sequence[TrainingMemory], queries: Places, entries: Places, draw: tuple[int, int] | None = None
+    memories: Sequence[TrainingMemory], queries: Places, entries: Places, dropped: Tensor | None = None
 ) -> Tensor:
     """Return what targets may see of a batch: the union of the memories.
 
@@ -108,7 +122,7 @@ def visible(
         memories: Any number; without one there is nothing to see.
         queries: Where q targets stand.
         entries: Where the n entries stand.
-        draw: Seed and number of the update, for `External.drop_own`; None, as in evaluation, drops nothing.
+        dropped: Whether the segment of each target may not look at itself, bool, shape (q,); see `drops`.
 
     Returns:
         Bool, shape (q, n): True where the target in row i may see the entry in column j.
@@ -117,9 +131,8 @@ def visible(
     allowed = torch.zeros(shape, dtype=torch.bool, device=entries.positions.device)
     for memory in memories:
         allowed |= memory.visible(queries, entries)
-    for memory in memories:
-        if isinstance(memory, External) and draw is not None:
-            allowed &= ~(memory.drops(queries.segments, draw)[:, None] & _in_own_segment(queries, entries))
+    if dropped is not None:
+        allowed &= ~(dropped[:, None] & _in_own_segment(queries, entries))
     return allowed
 
 
