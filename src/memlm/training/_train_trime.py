@@ -278,7 +278,14 @@ class _Run(TrainerCallback):
         valid: dict[str, Segments],
     ) -> None:
         self.schedule = recipe.schedule
-        self.lm, self.output, self.trainer, self.steps, self.clock, self.valid = lm, output, trainer, steps, clock, valid
+        self.lm, self.output, self.trainer, self.steps, self.clock, self.valid = (
+            lm,
+            output,
+            trainer,
+            steps,
+            clock,
+            valid,
+        )
         self.advance: Advance = lambda amount: None
         self.valid_losses: dict[str, Any] = {}
         self.pending: list[Tensor] = []  # losses of the last steps, on the device
