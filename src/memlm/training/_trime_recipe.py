@@ -174,9 +174,7 @@ class TrimeRecipe:
             if not getattr(self, split):
                 raise ConfigError(f"{split} = []; expected at least one path")
         if (self.from_ is None) == (self.model is None):
-            raise ConfigError(
-                "the recipe needs either `from`, a model to go on with, or [model], the shape of a new one"
-            )
+            raise ConfigError("the recipe needs either `from`, a model to go on with, or [model], a new one's shape")
         if self.model is not None and self.batches.length > self.model.max_position_embeddings:
             raise ConfigError(f"length = {self.batches.length} is longer than max_position_embeddings; shorten it")
         if "long-term" in self.memory.kinds and (self.batches.order == BM25 or self.batches.layout[1] < 2):
@@ -186,7 +184,7 @@ class TrimeRecipe:
             )
         if "external" in self.memory.kinds and (self.batches.order == CONSECUTIVE or self.batches.layout[1] < 2):
             raise ConfigError(
-                "external memory sees other segments that are like one's own, and there are none in the batch; expected "
+                "external memory sees other segments that are like one's own, and the batch has none; expected "
                 "order = 'bm25' and rows of at least 2"
             )
 
