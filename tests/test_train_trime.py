@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -209,7 +210,7 @@ main(["train", "trime", *sys.argv[2:]])
 
 
 def test_a_run_that_was_killed_twice_has_the_losses_of_one_that_was_not(finished, place):
-    """Between two batches of an update, and while a checkpoint is written; then to the end: the same to the last bit."""
+    """Between two batches of an update, and while a checkpoint is written; then it ends the same, to the last bit."""
     whole, summary = finished
     output = place / "killed"
     for where, steps in (("step", 4), ("checkpoint", 8)):
@@ -231,6 +232,13 @@ def test_a_run_that_was_killed_twice_has_the_losses_of_one_that_was_not(finished
     assert not list((output / "trainer").glob("checkpoint-*"))
 
 
+def test_how_often_one_looks_does_not_change_a_run(finished, recipe, place):
+    """With dropout, whose random numbers come from where a data loader takes its own."""
+    rarely = changed(recipe, "schedule", evaluate_every=100, checkpoint_every=100)
+    train_trime(rarely, place / "rarely", device="cpu", show_progress=False)
+    assert [row["loss"] for row in rows_of(place / "rarely")] == [row["loss"] for row in rows_of(finished[0])]
+
+
 def test_another_recipe_needs_another_folder(finished, recipe, place):
     output, _ = finished
     others = {
@@ -246,6 +254,21 @@ def test_another_recipe_needs_another_folder(finished, recipe, place):
     assert json.loads((output / "recipe.json").read_text()) == recipe.describe(), "it is still the old run"
     with pytest.raises(ConfigError, match=r"holds .*, which no run made; name a new folder"):
         train_trime(recipe, place, device="cpu", show_progress=False)
+
+
+def test_a_recipe_that_failed_before_the_first_step_may_be_mended(place, recipe, monkeypatch):
+    """What was prepared for the first one is not taken for the second."""
+    output = place / "mended"
+    with monkeypatch.context() as patch:
+        patch.setattr(TrimeLoss, "__call__", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_trime(recipe, output, device="cpu", show_progress=False)
+    assert (output / "chain.npy").exists()
+    other = dataclasses.replace(recipe, train=recipe.valid)
+    other = changed(changed(other, "batches", rows=2, length=20), "schedule", steps=2)
+    train_trime(other, output, device="cpu", show_progress=False)
+    train_trime(other, place / "right", device="cpu", show_progress=False)
+    assert losses_of(output) == losses_of(place / "right")
 
 
 def test_a_finished_run_is_published_again_made_longer_and_not_shorter(finished, recipe, place, monkeypatch):
@@ -301,14 +324,14 @@ def test_accumulation_checkpointed_activations_and_autocast(place):
 
 
 class Reported(TrainerCallback):
-    logs = []
+    logs: ClassVar = []
 
     def on_log(self, args, state, control, logs=None, **_):
         self.logs.append((state.global_step, dict(logs)))
 
 
 def test_metrics_are_reported(place, recipe, monkeypatch):
-    with pytest.raises(ConfigError, match="report_to names 'tensorbord'; expected any of .*tensorboard"):
+    with pytest.raises(ConfigError, match=r"report_to names 'tensorbord'; expected any of .*tensorboard"):
         train_trime(changed(recipe, "schedule", report_to=["tensorbord"]), place / "no", device="cpu")
     with monkeypatch.context() as patch:
         patch.setattr(_train_trime, "get_available_reporting_integrations", list)
@@ -397,7 +420,7 @@ def test_from_scratch_to_every_command(place, tmp_path):
         ('from = "gpt2"', "", "the recipe needs either `from`"),
         ('from = "gpt2"', 'from = "no/such/model"', "there is no folder"),
         ('valid = ["valid"]', "valid = []", "valid = []; expected at least one path"),
-        ('valid = ["valid"]', 'valid = ["nowhere"]', "nowhere"),
+        ('valid = ["valid"]', 'valid = ["nowhere"]', "nowhere does not exist; expected a file or a folder of text"),
     ],
 )
 def test_recipes_that_cannot_work(place, tmp_path, old, new, said):
@@ -405,13 +428,13 @@ def test_recipes_that_cannot_work(place, tmp_path, old, new, said):
     path = place / "wrong.toml"
     path.write_text(EXTERNAL.replace(old, new))
     assert said in refused("train", "trime", path, tmp_path / "run", "--device", "cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_where_to_train(place, tmp_path, monkeypatch):
     path = place / "external.toml"
-    assert "device is 'tpu'; expected cpu, or cuda" in refused(
-        "train", "trime", path, tmp_path / "a", "--device", "tpu"
-    )
+    command = ["train", "trime", path, tmp_path / "a", "--device"]
+    assert "device is 'tpu'; expected cpu, or cuda" in refused(*command, "tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "device is 'cuda'; expected cpu" in refused("train", "trime", path, tmp_path / "a", "--device", "cuda")
+    assert "device is 'cuda'; expected cpu" in refused(*command, "cuda")
     assert not (tmp_path / "a").exists()

@@ -55,7 +55,11 @@ def train_trime(
     output = Path(output)
     device = _device(device, recipe.schedule.autocast)
     _check_reports(recipe.schedule.report_to)
-    check_recipe(recipe.describe(), recipe.fixed(), output)
+    _check_texts([*recipe.train, *recipe.valid])
+    begun = (output / "losses.jsonl").exists() and (output / "losses.jsonl").stat().st_size > 0
+    check_recipe(recipe.describe(), recipe.fixed() if begun else ["method"], output)
+    if not begun:
+        _forget_another(recipe, output)
     checkpoint = _last_checkpoint(output)
     lm = _start(recipe, output, checkpoint, device)
     train = train_segments(recipe, lm, output, show_progress)
@@ -112,6 +116,22 @@ def _check_reports(names: list[str]) -> None:
             raise ConfigError(f"report_to names {name!r}; expected any of {', '.join(INTEGRATION_TO_CALLBACK)}")
         if name not in get_available_reporting_integrations():
             raise ConfigError(f"report_to names {name}, which is not installed; install it, or leave it out")
+
+
+def _check_texts(paths: list[str]) -> None:
+    """Find a wrong path before a model is loaded and half of the text is read."""
+    for path in paths:
+        if not Path(path).exists():
+            raise ConfigError(f"{path} does not exist; expected a file or a folder of text")
+
+
+def _forget_another(recipe: TrimeRecipe, output: Path) -> None:
+    """Remove what was prepared for another recipe: one that failed before its first step may be mended."""
+    path = output / "recipe.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != recipe.describe():
+        for kept in (*output.glob("*.safetensors"), *output.glob("chain.npy")):
+            kept.unlink()
+        shutil.rmtree(output / "tokenizer", ignore_errors=True)
 
 
 def _last_checkpoint(output: Path) -> Path | None:
