@@ -16,6 +16,7 @@ from memlm import BlackBox, Datastore, KnnMixture, evaluate, explain
 from memlm.cache import Cache
 from memlm.errors import ConfigError, DatastoreMismatch, EndpointError
 from memlm.evaluation import tune_report
+from memlm.evidence import join_beliefs
 from memlm.mixtures import CacheMixture, SharedCacheMixture
 from memlm.models._black_box import likeliest, rest_bucket
 from memlm.models._token_names import UNKNOWN, TokenNames
@@ -64,8 +65,7 @@ def scored(lm, texts=NEW, beliefs=True):
     order = torch.cat([batch.rows for batch in batches]).argsort()
     belief = None
     if beliefs:
-        belief = [torch.cat(part)[order] for part in zip(*(batch.belief for batch in batches), strict=True)]
-        belief = type(batches[0].belief)(*belief)
+        belief = join_beliefs([batch.belief for batch in batches]).rows(order)
     return *(torch.cat([getattr(b, name) for b in batches])[order] for name in ("log_probs", "keys")), belief
 
 
