@@ -26,6 +26,7 @@ import memlm
 from benchmarks.cache_distance import by_distance
 from benchmarks.knn_lm import CORPORA, TOKENS, cut_documents, pieces
 from memlm import ops
+from memlm.evaluation._bootstrap import paired_bootstrap
 from memlm.evaluation._compare import Read, compare_read, read
 from memlm.evaluation._comparison_page import markdown
 from memlm.evaluation._retrieval import Text, gather, retrieve
@@ -135,6 +136,13 @@ def control(fixed: KnnMixture, adapter: AdapterMixture, held: HeldOut) -> dict[s
     return rows
 
 
+def against(log_probs: Tensor, others: Tensor) -> str:
+    """Change of perplexity with its interval over blocks of the text."""
+    change = paired_bootstrap((log_probs - others).double().numpy(), np.zeros(len(log_probs), np.int64))
+    low, mean, high = (100 * (math.exp(-nats) - 1) for nats in (change.high, change.mean, change.low))
+    return f"{mean:+.1f} % ({low:+.1f} to {high:+.1f})"
+
+
 def perplexity(log_probs: Tensor) -> float:
     return math.exp(-float(log_probs.double().mean()))
 
@@ -178,14 +186,15 @@ def two_datastores(lm: Any, data: Path, sides: dict[str, Any], adapters: dict[st
     del first, second
     gate = fit_gate(both, members, [sides[corpus][0].statistics() for corpus in PAIR])
     rows = {}
-    for corpus, held in zip(PAIR, helds["test"], strict=True):
-        alone = {other: perplexity(held.memory(place).log_probs(members[place])) for place, other in enumerate(PAIR)}
+    for place, (corpus, held) in enumerate(zip(PAIR, helds["test"], strict=True)):
+        alone = {other: perplexity(held.memory(number).log_probs(members[number])) for number, other in enumerate(PAIR)}
         weights = torch.cat([gate.mix(part.evidence).weights for part in held.blocks(gate.ks)]).mean(dim=0).tolist()
         rows[corpus] = {
             "lm": perplexity(held.lm_log_probs),
             **{f"adapter of {other}": value for other, value in alone.items()},
             "gate": perplexity(held.log_probs(gate)),
             **{f"mean λ of {other}": weight for other, weight in zip(PAIR, weights, strict=True)},
+            "against the better": against(held.log_probs(gate), held.memory(place).log_probs(members[place])),
         }
     return rows
 
@@ -268,7 +277,14 @@ def table(results: dict[str, Any]) -> str:
         parts += ["## One gate over two datastores", "", "Fitted to both `valid` texts together.", ""]
         parts += ["| test text | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for corpus, row in results["gate"].items():
-            cells = (f"{row[name]:.3f}" if name.startswith("mean") else f"{row[name]:,.2f}" for name in columns)
+            cells = (
+                f"{row[name]:.3f}"
+                if name.startswith("mean")
+                else f"{row[name]}"
+                if name.startswith("against")
+                else f"{row[name]:,.2f}"
+                for name in columns
+            )
             parts.append("| " + " | ".join([corpus, *cells]) + " |")
         parts.append("")
     for corpus, item in compared.items():
