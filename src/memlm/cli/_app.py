@@ -11,7 +11,7 @@ import sys
 import typer
 
 from ..text import printable
-from . import _build, _compare, _demo, _doctor, _eval, _explain, _generate, _info, _overlap, _train_lm, _tune
+from . import _build, _compare, _demo, _doctor, _eval, _explain, _generate, _info, _overlap, _recipes, _train_lm, _tune
 
 app = typer.Typer(
     name="memlm",
@@ -28,6 +28,7 @@ app.command("generate")(_generate.generate)
 app.command("explain")(_explain.explain)
 app.command("compare")(_compare.compare)
 app.command("train-lm")(_train_lm.train_lm)
+app.add_typer(_recipes.app, name="recipes")
 app.command("demo")(_demo.demo)
 app.command("doctor")(_doctor.doctor)
 
