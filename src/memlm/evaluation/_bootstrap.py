@@ -67,12 +67,12 @@ def paired_bootstrap(
 
 
 def bootstrap_mean(
-    sums: npt.NDArray[np.float64], counts: npt.NDArray[np.int64], *, samples: int = 2000, seed: int = 0
+    sums: npt.NDArray[np.number], counts: npt.NDArray[np.int64], *, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Return the 95 % percentile interval of a mean over tokens, of which groups are resampled.
 
     Args:
-        sums: Total over the tokens of each group, float64, shape (groups,).
+        sums: Total over the tokens of each group, shape (groups,).
         counts: Tokens in each group, int64, shape (groups,).
         samples: Resamples.
         seed: Of the resampling.

@@ -45,8 +45,8 @@ class Verdict:
     @property
     def holds(self) -> bool:
         """Whether the difference, with all intervals that there are, lies above what was claimed."""
-        ranges = [item.low for item in (self.over_seeds, self.over_groups) if item is not None]
-        return min(self.difference, *ranges) > self.claim.by
+        ranges = [item for item in (self.over_seeds, self.over_groups) if item is not None]
+        return min([self.difference, *(item.low for item in ranges)]) > self.claim.by
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""

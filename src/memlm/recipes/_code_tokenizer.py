@@ -1,4 +1,4 @@
-"""A tokenizer for source code: one token an identifier, a number, a sign, or an end of a line with what it is indented by."""
+"""A tokenizer for source code: identifiers, numbers, signs, and ends of lines with their indentation are tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
-_TOKEN = r"\n\s*|[^\W\d]\w*|\d\w*|'''|\"\"\"|[^\w\s]"  # blanks within a line separate tokens and are none
+_PIECE = r"\n\s*|[^\W\d]\w*|\d\w*|'''|\"\"\"|[^\w\s]"  # blanks within a line separate tokens and are none
 
 
 def code_tokenizer(texts: Iterable[str], vocabulary: int, positions: int) -> Any:
@@ -25,7 +25,7 @@ def code_tokenizer(texts: Iterable[str], vocabulary: int, positions: int) -> Any
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))  # type: ignore[call-arg]
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_TOKEN), "removed", invert=True)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), "removed", invert=True)  # type: ignore[assignment]
     special = [UNKNOWN, END_OF_TEXT]
     trainer = trainers.WordLevelTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)  # type: ignore[call-arg]
     tokenizer.train_from_iterator(texts, trainer)

@@ -1,4 +1,4 @@
-"""What an experiment is: arms that are trained and measured, over several seeds, and claims that the numbers must bear out."""
+"""What an experiment is: arms trained and measured from several seeds, and claims that the numbers must bear out."""
 
 from __future__ import annotations
 

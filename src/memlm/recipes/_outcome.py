@@ -58,11 +58,9 @@ class Outcome:
                 means = self.means(arm, row)
                 if len(means):
                     settings = [run.rows[row].settings for run in self.runs[arm]]
-                    shown = {
-                        unit.name: unit.of(float(means.mean())),
-                        "by_seed": [unit.of(value) for value in means.tolist()],
-                    }
-                    table.append({"row": row, "arm": arm, "mean": float(means.mean()), **shown, "settings": settings})
+                    mean, by_seed = float(means.mean()), [unit.of(value) for value in means.tolist()]
+                    shown = {"mean": mean, unit.name: unit.of(mean), "by_seed": by_seed}
+                    table.append({"row": row, "arm": arm, **shown, "settings": settings})
         return {
             "experiment": self.experiment.name,
             "holds": self.holds,
@@ -86,9 +84,11 @@ class Outcome:
         experiment = self.experiment
         arms = list(experiment.arms)
         lines = [f"# {experiment.name}", "", experiment.description.strip(), ""]
-        lines += ["| claim | holds | difference | over seeds | over the text |", "|---" * 5 + "|"]
+        titles = "claim", "holds", "lower", "higher", "difference", "over seeds", f"over {self._first.groups}"
+        lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
         for verdict in self.verdicts:
-            lines.append("| " + " | ".join([verdict.claim.text, _yes(verdict), *self._differences(verdict)]) + " |")
+            cells = [verdict.claim.text, "yes" if verdict.holds else "**no**", *self._words(verdict)]
+            lines.append("| " + " | ".join(cells) + " |")
         lines += ["", f"{self._caption()}.", "", f"| {experiment.unit.name} | " + " | ".join(arms) + " |"]
         lines += ["|---" + "|---:" * len(arms) + "|"]
         for row, cells in self._cells():
@@ -114,9 +114,11 @@ class Outcome:
 
         lines = [f"{self._caption()}.", "", line("", arms), *(line(name, row) for name, row in cells.items()), ""]
         for verdict in self.verdicts:
-            difference, seeds, groups = self._differences(verdict)
+            lower, higher, difference, seeds, groups = self._words(verdict)
             lines.append(f"{'holds' if verdict.holds else 'DOES NOT HOLD'}: {verdict.claim.text}")
-            lines.append(f"    {difference}; over seeds {seeds}; over {verdict.groups} {groups}")
+            lines.append(
+                f"    {lower} against {higher}, {difference}; over seeds {seeds}; over {verdict.groups} {groups}"
+            )
         return "\n".join(lines)
 
     @property
@@ -124,8 +126,8 @@ class Outcome:
         return next(iter(self.runs.values()))[0]
 
     def _caption(self) -> str:
-        spread = f", mean of {self.seeds} seeds ± half of its 95 % interval" if self.seeds > 1 else ", one seed"
-        return f"{self.experiment.unit.name.capitalize()} on {sum(self._first.counts):,} test tokens{spread}"
+        spread = f"mean of {self.seeds} seeds ± half of its 95 % interval" if self.seeds > 1 else "one seed"
+        return f"{self.experiment.unit.name.capitalize()} on {sum(self._first.counts):,} test tokens, {spread}"
 
     def _cells(self) -> list[tuple[str, list[str]]]:
         """Return the rows that any arm has, with a cell for every arm."""
@@ -143,16 +145,13 @@ class Outcome:
         shown = f"{of(float(means.mean())):.2f}"
         return shown if interval is None else f"{shown} ± {abs(of(interval.high) - of(interval.low)) / 2:.2f}"
 
-    def _differences(self, verdict: Verdict) -> tuple[str, str, str]:
-        """Return the change from the higher mean to the lower one, and its two intervals."""
-        change = self.experiment.unit.change
+    def _words(self, verdict: Verdict) -> tuple[str, ...]:
+        """Return the two means, the change from the higher one to the lower one, and its intervals."""
+        claim, unit = verdict.claim, self.experiment.unit
 
-        def words(interval: Range | None) -> str:
-            return "–" if interval is None else f"{change(-interval.low)} to {change(-interval.high)}"
+        def interval(found: Range | None) -> str:
+            return "–" if found is None else f"{unit.change(-found.high)} to {unit.change(-found.low)}"
 
-        claimed = f" (claimed: {change(-verdict.claim.by)})" if verdict.claim.by else ""
-        return change(-verdict.difference) + claimed, words(verdict.over_seeds), words(verdict.over_groups)
-
-
-def _yes(verdict: Verdict) -> str:
-    return "yes" if verdict.holds else "**no**"
+        means = (f"{unit.of(float(self.means(*place).mean())):.2f}" for place in (claim.lower, claim.higher))
+        difference = unit.change(-verdict.difference) + (f" (claimed {unit.change(-claim.by)})" if claim.by else "")
+        return *means, difference, interval(verdict.over_seeds), interval(verdict.over_groups)

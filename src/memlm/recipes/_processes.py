@@ -80,8 +80,8 @@ def _receive(connection: Connection, process: Any, pair: tuple[str, int]) -> int
     except EOFError as error:
         process.join()
         raise MemlmError(
-            f"the process that trained {pair[0]} from seed {pair[1]} ended with code {process.exitcode}; memory may have "
-            "run out: run again with fewer processes, what is finished is kept"
+            f"the process that trained {pair[0]} from seed {pair[1]} ended with code {process.exitcode}; memory may "
+            "have run out: run again with fewer processes, what is finished is kept"
         ) from error
     if isinstance(message, BaseException):
         raise message

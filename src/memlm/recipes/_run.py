@@ -109,8 +109,8 @@ def _claim_folder(experiment: Experiment, sizes: Any, output: Path) -> None:
     for name, value in settings["sizes"].items():
         if before["sizes"].get(name) != value:
             raise ConfigError(
-                f"{output} holds a run with {name} = {before['sizes'].get(name)}, this one has {value}: another size, or "
-                "another version of memlm; name a new folder"
+                f"{output} holds a run with {name} = {before['sizes'].get(name)}, this one has {value}: another size, "
+                "or another version of memlm; name a new folder"
             )
 
 

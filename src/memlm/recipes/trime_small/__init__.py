@@ -1,4 +1,4 @@
-"""trime-small: does a model that is trained with its memory use it better than one that is not (TRIME, at a small size)?"""
+"""trime-small: does a model that is trained with its memory use it better than one that is not?"""
 
 from __future__ import annotations
 

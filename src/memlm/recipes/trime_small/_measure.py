@@ -55,8 +55,8 @@ def read_valid(
     """Read the validation text, keeping about so many of its targets."""
     every = max(1, text.tokens // most)
     batches = (change(batch) for batch in retrieve(lm, text, list(memories), ks, beliefs=True, show_progress=False))
-    found = gather(list(thinned(batches, every)))
     documents = text.document_of_target[::every]
+    found = gather(thinned(batches, every), len(documents))
     return Tuned(found, documents, HeldOut(found.targets, found.lm_log_probs, found.evidence, units(documents)[0]))
 
 
@@ -128,7 +128,7 @@ def shuffle_of(memories: Sequence[Memory], text: Text, seed: int) -> Change:
 
 
 def cache_methods(tuned: Tuned, place: int, short: int) -> dict[str, Method]:
-    """Tune the continuous cache, linear and in one softmax, with and without drop-off by age; the better form counts."""
+    """Tune the continuous cache, with and without drop-off by age: linear or in one softmax, whichever is better."""
     names = {
         (rows.CACHE_SHORT, rows.CACHE_SHORT_AGE): short,
         (rows.CACHE_LONG, rows.CACHE_LONG_AGE): None,

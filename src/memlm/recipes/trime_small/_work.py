@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 import time
@@ -34,27 +35,21 @@ def measure(task: Task) -> Measured:
     else:
         task.advance(task.size.steps * task.size.rows * task.size.length)
     trained = time.perf_counter()
-    lm = load(place, device="cpu", **_windows(task.size))
+    # text is read as in training: segments that see nothing of one another
+    lm = load(place, device="cpu", context=1, stride=task.size.length - 1)
     with tempfile.TemporaryDirectory(dir=task.folder) as temporary:
         measured = _measure(task, lm, documents, Path(temporary) / "memory")
     seconds = {"training": trained - started, "measuring": time.perf_counter() - trained}
-    return Measured(
-        counts=measured.counts, groups=measured.groups, rows=measured.rows, facts=measured.facts | {"seconds": seconds}
-    )
-
-
-def _windows(sizes: Any) -> dict[str, int]:
-    """Text is read as in training: segments that see nothing of one another."""
-    return {"context": 1, "stride": sizes.length - 1}
+    return dataclasses.replace(measured, facts={"seconds": seconds})
 
 
 def _train(task: Task, documents: list[Document], place: Path) -> None:
     """Train a model and put it in its place in one step."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(task.folder / "tokenizer")
+    tokenizer: Any = AutoTokenizer.from_pretrained(task.folder / "tokenizer")
     model = new_model(task.size, task.seed, tokenizer.eos_token_id)
-    lm = LanguageModel(model.eval(), tokenizer, task.arm, **_windows(task.size))
+    lm = LanguageModel(model.eval(), tokenizer, task.arm)
     ids = [lm.tokenize(document).ids for document in documents]
     train(model, task.arm, ids, task.size, task.seed, task.advance)
     place.parent.mkdir(exist_ok=True)
