@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..mixtures import HeldOut, KnnMixture, Mixture, fit_cache, fit_gate, fit_shared_cache, fits_of
+from ..mixtures import HeldOut, KnnMixture, Mixture, fit_cache, fit_gate, fit_shared_cache, fits_of, spread
 from ._retrieval import Retrieved, Text
 from ._tune import tune_cached
+
+_SAMPLE = 1 << 14  # targets by which caches are compared
 
 
 class Fitted(NamedTuple):
@@ -46,7 +48,8 @@ def fit_all(held: HeldOut, found: Retrieved, text: Text) -> Methods:
     }
     for name, make in caches.items():
         add(name, (1,), make)
-    best = max(caches, key=lambda name: float(past.log_probs(result[name].mixture).mean()))
+    some = past.rows(spread(len(past), _SAMPLE))
+    best = max(caches, key=lambda name: float(some.log_probs(result[name].mixture).mean()))
     best_cache = result[best].mixture
     one = dataclasses.replace(found, evidence=stored.evidence)
     base = add("knn-lm", (0,), lambda: tune_cached(one, text.document_of_target).best)

@@ -216,10 +216,11 @@ def _try(held: HeldOut, ks: list[int], temperature: float) -> list[dict[str, flo
     """Find the best λ for every k at one temperature; neighbors come nearest first, so one running sum serves all."""
     found = held.evidence.memories[0]
     memory = memory_probabilities(found, held.targets, ks, temperature)  # (n, number of ks)
+    some = found.present.any(dim=1)
     rows = []
     for column, k in enumerate(ks):
         ratio = held.ratio(memory[:, column])
-        ratio = torch.where(found.present.any(dim=1), ratio, 1.0)  # a row without neighbors is the model's
+        ratio = torch.where(some, ratio, 1.0)  # a row without neighbors is the model's
         weight = best_weight(ratio)
         nats = -float((held.lm_log_probs.double() + torch.log1p(weight * (ratio - 1))).mean())
         rows.append({"k": k, "temperature": temperature, "interpolation_weight": weight, "nats": nats})

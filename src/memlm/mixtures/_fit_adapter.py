@@ -83,10 +83,11 @@ def fit_adapter(held: HeldOut, base: KnnMixture, seed: int = 0) -> AdapterMixtur
     """
     found = held.evidence.memories[0]
     some = found.present.any(dim=1).numpy()
-    held = held.rows(some)
+    held = held if some.all() else held.rows(some)
     weight = float(np.clip(base.interpolation_weight, 0.01, 0.99))
     shared = {"temperature": base.temperature, "k": base.k, "interpolation_weight": weight}
-    inputs = features(held.evidence.memories[0], held.evidence.belief, base.temperature, base.k)
+    parts = (part.evidence for part in held.blocks([base.k]))  # of many targets at once it takes twice as long
+    inputs = torch.cat([features(part.memories[0], part.belief, base.temperature, base.k) for part in parts])
     network = Network.new(inputs, _WIDTHS, seed)
     condensed = condense(held, base.temperature, base.k)
 

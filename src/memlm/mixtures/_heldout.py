@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -74,14 +75,20 @@ def spread(n: int, most: int) -> npt.NDArray[np.int64]:
 
 
 def memory_probabilities(found: Found, targets: Tensor, ks: list[int], temperature: float) -> Tensor:
-    """Return p_kNN of every target for several k, float64, shape (n, number of ks); neighbors come nearest first."""
+    """Return p_kNN of every target for several k, rising, float64, shape (n, number of ks).
+
+    Neighbors come nearest first.
+    """
     result = []
-    columns = torch.tensor(ks) - 1
+    stretches = list(pairwise([0, *ks]))
+
+    def up_to(each: Tensor) -> Tensor:
+        return torch.stack([each[:, start:stop].sum(dim=1) for start, stop in stretches], dim=1).double().cumsum(dim=1)
+
     for start in range(0, len(targets), _BLOCK):
         rows = slice(start, start + _BLOCK)
         distances = found.distances[rows]
         scores = ((distances[:, :1] - distances) / temperature).exp().masked_fill(~found.present[rows], 0.0)
         matching = scores * (found.tokens[rows] == targets[rows, None])
-        total = scores.cumsum(dim=1)[:, columns].double()
-        result.append(matching.cumsum(dim=1)[:, columns].double() / total.clamp_min(1e-300))
+        result.append(up_to(matching) / up_to(scores).clamp_min(1e-300))
     return torch.cat(result)
