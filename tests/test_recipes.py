@@ -160,7 +160,7 @@ def test_processes_make_what_one_makes(tmp_path):
 
 
 def test_an_error_in_a_process_is_told(tmp_path):
-    with pytest.raises(ConfigError, match="no (low|high)"):
+    with pytest.raises(ConfigError, match=r"no (low|high)"):
         quietly(toy(measure=toy_experiment.refuse), tmp_path / "refused", seeds=1, processes=2)
     with pytest.raises(MemlmError, match="the process that trained low from seed 0 ended with code 3; memory may"):
         quietly(toy(measure=toy_experiment.vanish, arms={"low": ""}), tmp_path / "gone", seeds=1, processes=2)
