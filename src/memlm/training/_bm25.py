@@ -8,7 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 
-def bm25_chain(segments: Sequence[npt.NDArray[np.integer]], *, hits: int = 20, seed: int = 0) -> npt.NDArray[np.int64]:
+def bm25_chain(
+    segments: Sequence[npt.NDArray[np.integer]],
+    *,
+    hits: int = 20,
+    seed: int = 0,
+    groups: npt.NDArray[np.integer] | None = None,
+) -> npt.NDArray[np.int64]:
     """Order segments so that each is followed by one that is like it.
 
     The chain starts at a random segment. The next is the unused one that scores highest among the best hits of the
@@ -18,6 +24,8 @@ def bm25_chain(segments: Sequence[npt.NDArray[np.integer]], *, hits: int = 20, s
         segments: Token ids of each, integers, shape (tokens,).
         hits: How many of the best are looked at.
         seed: Of the random choices.
+        groups: Number of the group of each segment, such as its document, shape (segments,): the next one is of another
+            group than the last. None groups nothing.
 
     Returns:
         Every number from 0 to the number of segments once, int64, shape (segments,).
@@ -31,6 +39,8 @@ def bm25_chain(segments: Sequence[npt.NDArray[np.integer]], *, hits: int = 20, s
     for place in range(count):
         candidates = near[chain[place - 1]] if place else near[:0, 0]
         fresh = candidates[unused[candidates]]
+        if groups is not None and place:
+            fresh = fresh[groups[fresh] != groups[chain[place - 1]]]
         chain[place] = fresh[0] if len(fresh) else next(number for number in spare if unused[number])
         unused[chain[place]] = False
     return chain

@@ -89,13 +89,24 @@ def consecutive_segments(
     return Segments(documents, cuts, order.reshape(-1), length, streams * consecutive, padding)
 
 
-def bm25_segments(documents: Sequence[Ids], length: int, *, rows: int, seed: int = 0, padding: int = 0) -> Segments:
+def bm25_segments(
+    documents: Sequence[Ids],
+    length: int,
+    *,
+    rows: int,
+    hits: int = 20,
+    across_documents: bool = False,
+    seed: int = 0,
+    padding: int = 0,
+) -> Segments:
     """Batch the segments of documents so that similar ones lie together, for `External` (algorithm 1 of the paper).
 
     Args:
         documents: Token ids of each document, integers, shape (tokens,).
         length: Tokens a segment, at least 2.
         rows: Segments a batch.
+        hits: How many of the most similar segments are looked at for the next one.
+        across_documents: Let a segment be followed by one of another document, as for `External(own_document=False)`.
         seed: Of the chain.
         padding: Token id that fills short segments.
 
@@ -104,7 +115,8 @@ def bm25_segments(documents: Sequence[Ids], length: int, *, rows: int, seed: int
     """
     _check(rows=rows)
     cuts = _cut(documents, length)
-    chain = bm25_chain([documents[document][first : first + length] for document, first in cuts], seed=seed)
+    segments = [documents[document][first : first + length] for document, first in cuts]
+    chain = bm25_chain(segments, hits=hits, seed=seed, groups=cuts[:, 0] if across_documents else None)
     order = np.full(-(-len(cuts) // rows) * rows, -1)
     order[: len(chain)] = chain
     return Segments(documents, cuts, order, length, rows, padding)

@@ -27,8 +27,9 @@ MEMORIES: Mapping[str, Sequence[TrainingMemory]] = {
     "cross-entropy": [],
     "trime-local": [Local()],
     "trime-long": [Local(), LongTerm()],
-    "trime-external": [Local(), External(drop_own=0.9)],
+    "trime-external": [Local(), External(drop_own=0.9, own_document=False)],
 }
+_HITS = 100  # of which some are of the same document
 _WARM, _FALLING = 0.05, 0.6  # shares of the steps in which the learning rate rises, and falls to zero
 
 
@@ -100,5 +101,5 @@ def _batches(arm: str, documents: Sequence[np.ndarray], sizes: Sizes, seed: int)
 
 def _segments(arm: str, documents: Sequence[np.ndarray], sizes: Sizes, seed: int) -> Segments:
     if any(isinstance(memory, External) for memory in MEMORIES[arm]):
-        return bm25_segments(documents, sizes.length, rows=sizes.rows, seed=seed)
+        return bm25_segments(documents, sizes.length, rows=sizes.rows, hits=_HITS, across_documents=True, seed=seed)
     return consecutive_segments(documents, sizes.length, streams=sizes.streams, consecutive=sizes.consecutive)
