@@ -168,14 +168,15 @@ def two_datastores(lm: Any, data: Path, sides: dict[str, Any], adapters: dict[st
             evidence = Evidence(tuple(found), known.evidence.belief)
             helds[split].append(HeldOut(known.targets, known.lm_log_probs, evidence, known.groups))
     members = tuple(adapters[corpus] for corpus in PAIR)
-    first, second = helds["valid"]
+    first, second = helds.pop("valid")
     both = HeldOut(
         torch.cat([first.targets, second.targets]),
         torch.cat([first.lm_log_probs, second.lm_log_probs]),
         join([first.evidence, second.evidence]),
         np.concatenate([first.groups, second.groups + 1 + first.groups.max()]),
     )
-    gate = fit_gate(both, members)
+    del first, second
+    gate = fit_gate(both, members, [sides[corpus][0].statistics() for corpus in PAIR])
     rows = {}
     for corpus, held in zip(PAIR, helds["test"], strict=True):
         alone = {other: perplexity(held.memory(place).log_probs(members[place])) for place, other in enumerate(PAIR)}

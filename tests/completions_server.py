@@ -14,6 +14,7 @@ class Server(ThreadingHTTPServer):
 
     names: how tokens are called: "ids" (only if asked), "vocabulary" or "decoded".
     limit: Most alternatives a token; the target is added to them, as vLLM does.
+    added: Where the target is added: "first", as by vLLM, or "last"; of names that are the same the last one is told.
     refusals: (status, headers, body) sent first, one a request.
     change: Alters the answer before it is sent.
     """
@@ -24,6 +25,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model, self.tokenizer = model, tokenizer
         self.names, self.limit, self.strict = "ids", None, False
+        self.added = "first"
         self.refusals, self.change, self.delays = [], lambda answer: answer, []
         self.requests, self.headers = [], []
         self.lock = threading.Lock()
@@ -53,7 +55,8 @@ class Server(ThreadingHTTPServer):
             for token, row in zip(ids[1:], log_probs.tolist(), strict=True):
                 best = sorted(range(len(row)), key=lambda place: -row[place])[: min(top, self.limit or top)]
                 told["token_logprobs"].append(row[token])
-                told["top_logprobs"].append({name(other): row[other] for other in dict.fromkeys([token, *best])})
+                order = [token, *best] if self.added == "first" else [*best, token]
+                told["top_logprobs"].append({name(other): row[other] for other in dict.fromkeys(order)})
             choices.append({"index": index, "text": "", "logprobs": told, "finish_reason": "length"})
         return {"object": "text_completion", "model": body["model"], "choices": choices[::-1]}
 

@@ -7,6 +7,8 @@ import socket
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from command_line import make_world, refused, run
 from completions_server import serving
@@ -14,8 +16,9 @@ from memlm import BlackBox, Datastore, KnnMixture, evaluate, explain
 from memlm.cache import Cache
 from memlm.errors import ConfigError, DatastoreMismatch, EndpointError
 from memlm.evaluation import tune_report
+from memlm.evidence import join_beliefs
 from memlm.mixtures import CacheMixture, SharedCacheMixture
-from memlm.models._black_box import rest_bucket
+from memlm.models._black_box import likeliest, rest_bucket
 from memlm.models._token_names import UNKNOWN, TokenNames
 from oracle import teacher_forced
 from tiny_memories import TEXTS, documents, lm_of, store
@@ -62,8 +65,7 @@ def scored(lm, texts=NEW, beliefs=True):
     order = torch.cat([batch.rows for batch in batches]).argsort()
     belief = None
     if beliefs:
-        belief = [torch.cat(part)[order] for part in zip(*(batch.belief for batch in batches), strict=True)]
-        belief = type(batches[0].belief)(*belief)
+        belief = join_beliefs([batch.belief for batch in batches]).rows(order)
     return *(torch.cat([getattr(b, name) for b in batches])[order] for name in ("log_probs", "keys")), belief
 
 
@@ -137,21 +139,58 @@ def test_with_twenty_log_probs_the_rest_is_one_outcome(server, lm, names):
     assert outside.sum() > 10, "some targets were added to the twenty by the server, and must not show"
 
 
-def test_the_belief_does_not_depend_on_the_target(server, lm):
+@pytest.mark.parametrize("added", ["first", "last"])
+@pytest.mark.parametrize("names", ["ids", "vocabulary", "decoded"])
+def test_the_belief_does_not_depend_on_the_target(server, lm, names, added):
     """λ is made of it: a mixture that knows the target is no distribution."""
-    ids = lm.tokenize(documents(["the cat was in the house"])[0]).ids
-    beliefs = []
-    for token in range(0, VOCAB_SIZE, 9):
-        ids[-1] = token
-        *_, last = box_of(server, lm, top=5).score([ids[-6:]], beliefs=True)
-        beliefs.append([float(last.belief[name][-1]) for name in range(2, 5)])
-    assert np.ptp(np.array(beliefs), axis=0).max() < 1e-6
+    server.names, server.added = names, added
+    for top, text in [(5, "the cat was"), (20, "naïve 日"), (80, "a bird")]:
+        ids = lm.tokenize(documents([text])[0]).ids[:-1]
+        several = [np.array([*ids[-5:], token]) for token in range(0, VOCAB_SIZE, 8)]
+        batches = list(box_of(server, lm, top=top).score(several, beliefs=True))
+        rows = torch.cat([batch.rows for batch in batches])
+        last = rows % 5 == 4
+        told = torch.stack([torch.cat([batch.belief[part] for batch in batches])[last].double() for part in (2, 3, 4)])
+        assert told.shape[1] == len(several)
+        assert np.ptp(told.numpy(), axis=1).max() < 1e-5
+
+
+class Named(dict):
+    """Names of tokens, of which some are shared."""
+
+    def __init__(self, names):
+        super().__init__({name: names.index(name) if names.count(name) == 1 else UNKNOWN for name in names})
+        self.tokenizer = names
+
+
+@given(st.data())
+@settings(max_examples=100)
+def test_what_is_known_of_likely_tokens_does_not_depend_on_the_target(data):
+    """Whatever names are shared, and whichever of their numbers a server tells."""
+    names = data.draw(st.lists(st.sampled_from("abcdefghij"), min_size=2, max_size=9))
+    top = data.draw(st.integers(1, len(names)))
+    scores = np.array(data.draw(st.lists(st.floats(-8, 0), min_size=len(names), max_size=len(names), unique=True)))
+    log_probs = (scores - np.logaddexp.reduce(scores)).tolist()
+    best = sorted(range(len(names)), key=lambda token: -log_probs[token])[:top]
+    known = []
+    for target in range(len(names)):
+        order = data.draw(st.permutations(sorted({*best, target})))
+        told = {names[token]: log_probs[token] for token in order}
+        known.append(likeliest(told, names[target], Named(names), top))
+    assert known.count(known[0]) == len(known)
+    unique = [token for token in best if names.count(names[token]) == 1]
+    if len(unique) == top:
+        assert known[0] == {token: log_probs[token] for token in unique}
+    certain = {token for token in unique if log_probs[token] > 0.01 - math.log(top + 1)}
+    assert certain <= set(known[0]) <= set(unique)
 
 
 def test_rest_bucket_by_hand():
-    confidence, entropy = rest_bucket([[math.log(0.25), math.log(0.5)], [0.0], [math.log(0.1)] * 3 + [-9999.0]], 2)
-    assert confidence == pytest.approx([math.log(0.5), 0, math.log(0.1)])
-    assert entropy == pytest.approx([1.5 * math.log(2), 0, -0.2 * math.log(0.1) - 0.8 * math.log(0.8)])
+    told = [[math.log(0.25), math.log(0.5)], [0.0], [math.log(0.1)] * 3 + [-9999.0], []]
+    confidence, entropy = rest_bucket(told, 2)
+    assert confidence == pytest.approx([math.log(0.5), 0, math.log(0.1), math.log(1 / 3)])
+    assert entropy == pytest.approx([1.5 * math.log(2), 0, -0.2 * math.log(0.1) - 0.8 * math.log(0.8), 0])
+    assert rest_bucket([[]], 2)[1] == 0
 
 
 def test_another_encoder_makes_the_keys(lm, tmp_path):
@@ -195,22 +234,33 @@ def test_tokens_by_decoded_text(server, lm):
     assert torch.allclose(black, white, atol=1e-4)
     best = torch.from_numpy(whole.argmax(axis=1))
     shared = torch.tensor([lm.tokenizer.decode([token]) == "�" for token in best.tolist()])
-    assert belief.top[~shared].equal(best[~shared])
+    certain = ~shared & torch.from_numpy(whole.max(axis=1) > math.log(1 / 20))
+    assert belief.top[certain].equal(best[certain])
+    assert certain.float().mean() > 0.2
     assert 0 < shared.float().mean() < 0.8
+    assert not (belief.top[shared] == best[shared]).any()
 
 
-def test_a_name_that_nobody_knows_counts_but_is_no_token(server, lm):
+def test_a_name_that_nobody_knows_is_left_to_the_rest(server, lm):
+    """It may be that of several tokens; what is certain beside it counts."""
+
     def rename(tops):
         return [
             top and {"bytes:\\xf0" if p == max(top.values()) else name: p for name, p in top.items()} for top in tops
         ]
 
-    *_, expected = scored(box_of(server, lm))
+    _, whole = windows_log_probs(lm)
     server.change = edit(top_logprobs=rename)
     *_, belief = scored(box_of(server, lm))
-    assert (belief.top == UNKNOWN).all()
-    assert belief.confidence.equal(expected.confidence)
-    assert belief.entropy.equal(expected.entropy)
+    second = np.sort(whole, axis=1)[:, -2]
+    some = second > math.log(1 / 20)
+    assert 0.1 < some.mean() < 0.9
+    np.testing.assert_allclose(belief.confidence[some], second[some], atol=1e-4)
+    assert (belief.top[some].numpy() == whole.argsort(axis=1)[some, -2]).all()
+    none = second < math.log(1 / 22)
+    np.testing.assert_allclose(belief.confidence[none], -math.log(21), atol=1e-6)
+    assert (belief.top[none] == UNKNOWN).all()
+    assert (belief.entropy[none] == 0).all()
 
 
 def test_names_of_tokens():
@@ -318,6 +368,11 @@ def no_logprobs(answer):
     return {"choices": [{**choice, "logprobs": None} for choice in answer["choices"]]}
 
 
+def numbered(index):
+    """Give every choice the same index."""
+    return lambda answer: {"choices": [{**choice, "index": index} for choice in answer["choices"]]}
+
+
 def every(function):
     return edit(**{name: function for name in ALL})
 
@@ -338,6 +393,28 @@ ANSWERS = {
     "NaN": (edit(token_logprobs=lambda told: [math.nan] * len(told)), "something else than a log-probability"),
     "no lists": (edit(top_logprobs=lambda told: [3] * len(told)), "something else than a log-probability"),
     "names": (edit(tokens=lambda told: [5] * len(told)), "something else than a log-probability"),
+    "minus infinity": (edit(token_logprobs=lambda told: [-math.inf] * len(told)), "numbers from -100,000 to 0"),
+    "absurdly low": (edit(token_logprobs=lambda told: [-1e6] * len(told)), "something else than a log-probability"),
+    "hundreds of digits": (
+        edit(token_logprobs=lambda told: [-(10**400)] * len(told)),
+        "something else than a log-prob",
+    ),
+    "low alternatives": (
+        edit(top_logprobs=lambda told: [row and dict.fromkeys(row, -(10**400)) for row in told]),
+        "something else than a log-probability",
+    ),
+    "NaN among alternatives": (
+        edit(top_logprobs=lambda told: [row and dict.fromkeys(row, math.nan) for row in told]),
+        "something else than a log-probability",
+    ),
+    "equal indices": (numbered(0), "numbers its choices otherwise than from 0 on"),
+    "an index far away": (numbered(10**400), "numbers its choices otherwise than from 0 on"),
+    "an index of another type": (numbered(True), "numbers its choices otherwise than from 0 on"),
+    "an id of many digits": (
+        edit(tokens=lambda told: ["token_id:" + "9" * 5000] * len(told)),
+        "calls token 0 of a window 'token_id:9999",
+    ),
+    "deep nesting": (lambda answer: b"[" * 100_000, "something else than JSON"),
     "logits": (edit(token_logprobs=lambda told: [5.0] * len(told)), "something else than a log-probability"),
     "sums": (
         edit(top_logprobs=lambda told: [None, *({name: -0.1 for name in row} for row in told[1:])]),
@@ -352,6 +429,41 @@ def test_answers_that_cannot_be_used(server, lm, name):
     with pytest.raises(EndpointError, match=expected) as caught:
         scored(box_of(server, lm))
     assert str(caught.value).startswith(server.url)
+    assert len(str(caught.value)) < 500
+
+
+def test_what_is_above_0_by_rounding_is_0(server, lm):
+    """The likeliest token has all of the probability, and a little more."""
+
+    def rounded(answer):
+        for choice in answer["choices"]:
+            told = choice["logprobs"]
+            for row in told["top_logprobs"][1:]:
+                row |= {name: 0.0009 if log_prob == max(row.values()) else -9999.0 for name, log_prob in row.items()}
+            pairs = zip(told["top_logprobs"][1:], told["tokens"][1:], strict=True)
+            told["token_logprobs"][1:] = [row[token] for row, token in pairs]
+        return answer
+
+    server.change = rounded
+    log_probs, _, belief = scored(box_of(server, lm))
+    assert (belief.confidence == 0).all()
+    assert (belief.entropy == 0).all()
+    assert ((log_probs == 0) | (log_probs == -9999)).all()
+
+
+def test_choices_without_an_index_are_in_order(server, lm):
+    def unnumbered(answer):
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        return {"choices": [{name: item for name, item in choice.items() if name != "index"} for choice in choices]}
+
+    server.change = unnumbered
+    assert torch.allclose(scored(box_of(server, lm))[0], scored(lm)[0], atol=1e-4)
+
+
+def test_an_answer_without_an_end_is_not_read(server, lm, monkeypatch):
+    monkeypatch.setattr("memlm.models._endpoint._LONGEST_ANSWER", 1000)
+    with pytest.raises(EndpointError, match="answers more than 1,000 bytes; check the URL"):
+        scored(box_of(server, lm))
 
 
 @pytest.mark.parametrize("names", ["ids", "vocabulary", "decoded"])
@@ -380,6 +492,7 @@ def test_another_tokenizer_is_noticed(lm):
         (418, b"", r"418 \(I'm a Teapot\)"),
         (400, b"\x1b[31mred\n" * 200, r"400 \(�\[31mred"),
         (302, b"", r"answers 302 "),
+        (400, b"[" * 60_000, r"answers 400 \(\["),
     ],
 )
 def test_refusals_are_told_at_once(server, lm, status, body, expected):
@@ -433,6 +546,22 @@ def test_no_server(lm):
         f"http://host/v1?key={SECRET}",
         "http://host:port/v1",
         "http://[1/v1",
+        "http://[",
+        "http://a b/",
+        "http://a..b/v1",
+        "http://.",
+        f"http://{'a' * 64}.org/v1",
+        "http://münchen.de/v1",
+        "http://日本/v1",
+        "http://host/straße",
+        "http://host/v 1",
+        "http://ho\nst/v1",
+        "http://host/v1\r\nX: y",
+        "http://host\x00/v1",
+        "http://host:99999/v1",
+        "http://host:-1/v1",
+        "http://a<b>/v1",
+        "http://*/v1",
     ],
 )
 def test_urls_that_cannot_be_used(lm, url):
@@ -441,7 +570,37 @@ def test_urls_that_cannot_be_used(lm, url):
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize("settings", [{"top": 0}, {"timeout": 0}, {"retries": -1}, {"api_key": f"{SECRET}\nHost: x"}])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost:8000/v1/",
+        "https://a-b_c.example.org",
+        "http://10.0.0.1:80/",
+        "http://[::1]:80/v1",
+        "http://xn--mnchen-3ya.de/v1",
+    ],
+)
+def test_urls_that_can(lm, url):
+    assert BlackBox(url, "served", lm).endpoint.url == url.rstrip("/")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top": 0},
+        {"top": math.nan},
+        {"top": 2.5},
+        {"top": True},
+        {"top": 1 << 21},
+        {"timeout": 0},
+        {"timeout": math.nan},
+        {"timeout": math.inf},
+        {"retries": -1},
+        {"retries": math.nan},
+        {"retries": math.inf},
+        {"api_key": f"{SECRET}\nHost: x"},
+    ],
+)
 def test_settings_that_cannot_work(lm, settings):
     with pytest.raises(ConfigError) as caught:
         BlackBox("http://127.0.0.1/v1", "served", lm, **settings)
@@ -509,4 +668,5 @@ def test_the_command_line_says_in_one_line_what_is_wrong(world, endpoint, monkey
         assert SECRET not in line
     assert "come together" in refused(*command, "--endpoint", server.url)
     assert "come together" in refused(*command, "--endpoint-model", "served")
-    assert "not of the form" in refused(*command, "--endpoint", "nowhere", "--endpoint-model", "served")
+    for url in ("nowhere", "http://[", "http://a b/", f"http://{'a' * 64}/"):
+        assert "not of the form" in refused(*command, "--endpoint", url, "--endpoint-model", "served")

@@ -14,11 +14,11 @@ from transformers import DynamicCache, StaticCache
 from transformers.utils import logging
 
 import tiny_memories
-from memlm import Document, attach, evaluate, ops
+from memlm import Document, attach, evaluate, explain, ops
 from memlm.cache import Cache
-from memlm.errors import ConfigError, ModelError
-from memlm.evidence import Belief, Evidence
-from memlm.mixtures import CacheMixture, GateMixture, SharedCacheMixture, fit_cache, fit_shared_cache
+from memlm.errors import ConfigError, KeyOverflow, ModelError
+from memlm.evidence import MOST_ENTRIES, Belief, Evidence
+from memlm.mixtures import CacheMixture, GateMixture, SharedCacheMixture, TrimeMixture, fit_cache, fit_shared_cache
 from memlm.mixtures._gate import gate_features, member_mixes
 from memlm.models import LanguageModel
 from oracle import teacher_forced
@@ -63,6 +63,47 @@ def test_recall_is_a_look_at_every_earlier_place(places, length, first, padding)
                 assert int(found.entries[line, column]) == entry
                 assert int(found.tokens[line, column]) == int(tokens[entry + 1])
                 assert float(found.distances[line, column]) == pytest.approx(-exact[place] @ exact[entry], abs=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_keys_that_are_not_finite_are_refused(wrong, dtype):
+    keys, tokens = past(30)
+    keys = keys.to(dtype)
+    keys[12, 1] = wrong
+    for asking in (slice(None), slice(12, 13), slice(13, 14), slice(20, 21)):
+        first, stop, _ = asking.indices(30)
+        with pytest.raises(KeyOverflow, match="keys that are NaN or infinite; check its weights and its dtype"):
+            Cache(8).recall(keys, tokens, first, stop)
+    Cache(8).recall(keys, tokens, 21, 30)  # which looks back no further than to 13
+    Cache(8).recall(keys, tokens, 0, 12)
+
+
+def test_padding_may_have_any_keys():
+    keys, tokens = past(30)
+    known = torch.arange(30) >= 5
+    expected = Cache(8).recall(keys, tokens, known=known)
+    keys[:5] = torch.nan
+    found = Cache(8).recall(keys, tokens, known=known)
+    assert all(part[5:].equal(other[5:]) for part, other in zip(found, expected, strict=True))
+    assert not found.distances.isnan().any()
+
+
+def test_a_model_whose_keys_overflow_is_refused_wherever_a_cache_is_used():
+    """Only one token's embedding is NaN, so that the model passes for sound until it is read."""
+    model, (token,) = tiny_model("llama"), tiny_tokenizer()("z")["input_ids"]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = torch.nan
+    lm = LanguageModel(model, tiny_tokenizer(), "overflowing")
+    text, ids = documents(["the cat. z. the cat"]), ids_of("the cat. z. the cat")
+    for use in (
+        lambda: evaluate(lm, text, Cache(64), sharp(lm_of("llama")), show_progress=False),
+        lambda: explain(lm, text[0].text, Cache(64), sharp(lm_of("llama"))),
+        lambda: lm.model(ids),
+        lambda: greedy(lm.model, ids),
+    ):
+        with attach(model, Cache(64), sharp(lm_of("llama"))), pytest.raises(KeyOverflow, match="NaN or infinite"):
+            use()
 
 
 def test_long_texts_are_recalled_block_by_block(monkeypatch):
@@ -160,6 +201,20 @@ def test_both_forms_are_distributions(form):
     longer, same = asked(40, LENGTH + 9), asked(40, LENGTH)
     lm = same[1].log_softmax(dim=1)
     np.testing.assert_allclose(mixture.log_probs(lm, longer[0]), mixture.log_probs(lm, same[0]), atol=1e-6)
+
+
+def test_descriptions_name_the_past():
+    def said(**more):
+        return CacheMixture(interpolation_weight=0.1, scale=2.0, **more).describe()
+
+    assert said(length=1) == "λ 0.100, θ 2, the last token"
+    assert said(length=2048, forgetting=1 / 1500) == "λ 0.100, θ 2, last 2,048 tokens, forgetting in 1,500 tokens"
+    assert said(length=5, forgetting=math.exp(4)).endswith(", forgetting in 0.018 tokens")
+    assert (
+        TrimeMixture(temperature=1.0, length=5, forgetting=0.4)
+        .describe()
+        .endswith("last 5 tokens, forgetting in 2.5 tokens")
+    )
 
 
 def test_what_cannot_work_is_refused():
@@ -291,6 +346,23 @@ def test_evaluation_is_the_equation_within_each_document(family):
     np.testing.assert_allclose(longer.log_probs, result.log_probs, atol=1e-6, err_msg="the mixture looks at nine")
 
 
+def test_a_cache_that_remembers_less_than_the_mixture_looks_at_is_refused(attachable):
+    lm, store, knn = attachable("llama")
+    for remembered, mixture in (
+        (Cache(9), sharp(lm, length=10)),
+        (Cache(9), sharp(lm, "shared", length=10)),
+        (Cache(9), TrimeMixture(temperature=1.0, length=10)),
+        ([store, Cache(63)], gate_over(lm, store, knn)),
+    ):
+        said = r"looks at the last (10|64) tokens, but the cache remembers (9|63); pass Cache\((10|64)\)"
+        with pytest.raises(ConfigError, match=said):
+            evaluate(lm, documents(NEW), remembered, mixture, show_progress=False)
+        with pytest.raises(ConfigError, match=said):
+            explain(lm, NEW[0], remembered, mixture)
+        with pytest.raises(ConfigError, match=said), attach(lm.model, remembered, mixture):
+            pytest.fail("it was attached")
+
+
 def test_a_cache_reaches_over_windows_and_groups(monkeypatch):
     lm = LanguageModel(tiny_model("llama"), tiny_tokenizer(), "llama", context=4, stride=6, batch_tokens=20)
     mixture = sharp(lm, length=30)
@@ -322,6 +394,20 @@ def test_one_pass_of_an_attached_model_says_what_evaluation_says(family, form):
     assert abs(result.log_probs - result.lm_log_probs).max() > 0.5
 
 
+@pytest.mark.parametrize("site", ["final_norm_output", "model.layers.0.mlp"])
+def test_a_cache_alone_reads_keys_where_the_language_model_does(site):
+    lm = LanguageModel(tiny_model("llama"), tiny_tokenizer(), "llama", key_site=site)
+    assert lm.site != lm_of("llama").site
+    mixture, document = sharp(lm), Document(id="new", text=NEW[0])
+    result = evaluate(lm, [document], Cache(64), mixture, show_progress=False)
+    usual = evaluate(lm_of("llama"), [document], Cache(64), mixture, show_progress=False)
+    assert abs(usual.log_probs - result.log_probs).max() > 0.1, "the site makes no difference"
+    ids = torch.from_numpy(lm.tokenize(document).ids)[None]
+    with attach(lm.model, Cache(64), mixture), torch.no_grad():
+        mixed = lm.model(ids).logits[0, :-1]
+    np.testing.assert_allclose(mixed.gather(1, ids[0, 1:, None])[:, 0], result.log_probs, atol=1e-4)
+
+
 def gate_over(lm, store, knn):
     """A gate of random weights over a datastore and a cache."""
     members = (knn, sharp(lm))
@@ -350,6 +436,24 @@ def test_a_datastore_and_a_cache_under_one_gate(family, attachable):
     for place, memory_alone in enumerate((store, Cache(64))):
         alone = evaluate(lm, [document], memory_alone, mixture.members[place], show_progress=False)
         assert abs(alone.log_probs - result.log_probs).max() > 0.1
+
+
+def test_positions_are_mixed_in_parts_where_much_is_found(monkeypatch):
+    lm = lm_of("llama")
+    ids = ids_of(NEW[0]).repeat(2, 1)
+    ids[1] = ids[1].flip(0)
+    longest = sharp(lm, length=MOST_ENTRIES)
+    with torch.no_grad(), attach(lm.model, Cache(64), sharp(lm)):
+        expected = lm.model(ids, logits_to_keep=torch.tensor([9, 2, 20])).logits
+    with torch.no_grad(), attach(lm.model, Cache(MOST_ENTRIES), longest):
+        assert lm.model(ids, logits_to_keep=torch.tensor([9, 2, 20])).logits.equal(expected), "the past is no longer"
+        monkeypatch.setattr("memlm.models._attach._FOUND_TOGETHER", 2 * ids.shape[1])
+        seen = []
+        recall = Cache.recall
+        monkeypatch.setattr(Cache, "recall", lambda *given, **more: seen.append(given) or recall(*given, **more))
+        parts = lm.model(ids, logits_to_keep=torch.tensor([9, 2, 20])).logits
+    np.testing.assert_allclose(parts, expected, atol=1e-5)
+    assert len(seen) == 6, "three places, one at a time, in two rows"
 
 
 def greedy(model, ids, tokens=12, **settings):
@@ -452,14 +556,14 @@ def test_a_past_that_the_memory_has_not_seen_is_refused():
     with torch.no_grad():
         outside = lm.model(ids[:, :5], use_cache=True).past_key_values
         with (
-            attach(lm.model, Cache(16), sharp(lm)),
+            attach(lm.model, Cache(64), sharp(lm)),
             pytest.raises(ModelError, match=r"5 earlier tokens.*inside the block"),
         ):
             lm.model(ids[:, 5:], past_key_values=outside)
-        with attach(lm.model, Cache(16), sharp(lm)):
+        with attach(lm.model, Cache(64), sharp(lm)):
             inside = lm.model(ids[:, :5], use_cache=True).past_key_values
         lm.model(ids[:, 5:7], past_key_values=inside)
-        with attach(lm.model, Cache(16), sharp(lm)), pytest.raises(ModelError, match=r"7 earlier tokens.*has seen 5"):
+        with attach(lm.model, Cache(64), sharp(lm)), pytest.raises(ModelError, match=r"7 earlier tokens.*has seen 5"):
             lm.model(ids[:, 7:], past_key_values=inside)
 
 
@@ -467,7 +571,7 @@ def test_caches_that_cannot_carry_keys_are_refused():
     lm = lm_of("llama")
     ids = ids_of(NEW[0])
     static = StaticCache(config=lm.model.config, max_cache_len=40)
-    with attach(lm.model, Cache(16), sharp(lm)), torch.no_grad():
+    with attach(lm.model, Cache(64), sharp(lm)), torch.no_grad():
         with pytest.raises(ModelError, match="StaticCache; use the default cache"):
             lm.model(ids, past_key_values=static)
         with pytest.raises(ModelError, match="StaticCache"):
@@ -481,7 +585,7 @@ def test_leaving_the_block_leaves_the_model_alone():
     ids = ids_of(NEW[0])
     with torch.no_grad():
         before = lm.model(ids).logits
-        with attach(lm.model, Cache(16), sharp(lm)):
+        with attach(lm.model, Cache(64), sharp(lm)):
             assert not lm.model(ids).logits.equal(before)
         assert lm.model(ids).logits.equal(before)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -312,9 +313,11 @@ def test_options_that_a_saved_mixture_takes(world, place, kind, option, value, n
         ),
         (["explain", "MODEL", "MEMORY", "A", *SETTINGS, "--html", "no/a.html"], "there is no folder no; make it first"),
         (["doctor", "--model", "MODEL"], "--model is compared with the keys of a datastore; name that, too"),
-        (["train-lm", "nowhere.toml", "-o", "run"], "nowhere.toml does not exist; expected a recipe in TOML"),
-        (["train-lm", "text.txt", "-o", "run"], "text.txt is not valid TOML"),
-        (["train-lm", "short.toml", "-o", "text.txt"], "text.txt: File exists"),
+        (["train", "lm", "nowhere.toml", "run"], "nowhere.toml does not exist; expected a recipe in TOML"),
+        (["train", "lm", "text.txt", "run"], "text.txt is not valid TOML"),
+        (["train", "lm", "short.toml", "text.txt"], "text.txt: File exists"),
+        (["train", "trime", "nowhere.toml", "run"], "nowhere.toml does not exist; expected a recipe in TOML"),
+        (["train", "trime", "short.toml", "run"], "short.toml has no schedule; add it"),
         (["demo", "--model", "MODEL", "-o", "."], ". holds short.toml, which no demo made; name a new folder"),
         (["demo", "--model", "MODEL", "-o", "text.txt"], "text.txt: Not a directory"),
     ],
@@ -332,6 +335,42 @@ def test_a_folder_that_takes_no_files_is_refused_before_anything_is_compared(wor
     monkeypatch.setattr("memlm.evaluation.compare", pytest.fail)
     command = ["compare", world.model, world.memory, "--valid", "text.txt", "--test", "text.txt", *options]
     assert "kept allows no new files; name another folder" in refused(*command, place=place)
+
+
+@pytest.mark.parametrize(
+    ("save", "words"),
+    [
+        ("kept/mixture.json", "kept allows no new files; name another folder"),
+        ("kept", "kept allows no new files; name another folder"),
+        ("pipe", "pipe cannot be written: it is no file; name another one"),
+        ("mixture.safetensors", "mixture.safetensors would be the name of tensors; expected another suffix"),
+        ("nowhere/mixture.json", "there is no folder nowhere; make it first"),
+        ("text.txt/mixture.json", "there is no folder text.txt; make it first"),
+    ],
+)
+def test_a_place_where_no_mixture_can_be_saved_is_refused_before_anything_is_tuned(
+    world, place, monkeypatch, save, words
+):
+    (place / "kept").mkdir()
+    os.mkfifo(place / "pipe")
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "kept" or not mode & os.W_OK)  # root may write
+    monkeypatch.setattr("memlm.evaluation.tune_report", pytest.fail)
+    assert words in refused("tune", world.model, world.memory, "text.txt", "--save", save, place=place)
+
+
+def test_a_warning_is_one_line(world):
+    """pytest makes an error of each, so it runs as users do."""
+    stored = world.texts / "alone.txt"
+    stored.write_text("The cat was in the house.")
+    assert run("build", world.model, stored, "--output", world.texts / "alone").code == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        shown = warnings.showwarning
+        tuned = run("tune", world.model, world.texts / "alone", stored)
+        assert warnings.showwarning is shown
+    assert (tuned.code, tuned.out.startswith("memory does not help here: ")) == (0, True)
+    (line,) = [line for line in tuned.err.splitlines() if not line.startswith("tuning: ")]
+    assert line.startswith("memlm: no token of the text to fit to finds a neighbor, ")
 
 
 def test_a_comparison_is_shown_before_it_is_written(world, place, monkeypatch):

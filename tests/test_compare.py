@@ -342,6 +342,12 @@ def test_text_that_finds_no_neighbor_is_warned_of_and_the_rest_is_compared(quick
     assert json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)["skipping"] == []
 
 
+def test_a_page_without_points_has_no_empty_legend(comparison, tmp_path):
+    """Of a few tokens no reliability is told; matplotlib warns of a legend of nothing, which is an error here."""
+    analysis = dataclasses.replace(comparison.analysis, reliability={})
+    dataclasses.replace(comparison, analysis=analysis).save(tmp_path / "page.html")
+
+
 def test_a_document_on_both_sides_is_warned_of(stored, monkeypatch):
     """Before anything is fitted, which is slow."""
 

@@ -108,6 +108,9 @@ def test_batches_in_any_order_are_put_in_the_order_of_the_text(lm, memory, monke
     monkeypatch.setattr(_retrieval, "_SEARCHED_TOGETHER", 7)
     parts = passed()[::-1]
     assert len(parts) > 5
+    for wrong in (text.tokens - len(parts[-1].rows), text.tokens + 1):
+        with pytest.raises((AssertionError, IndexError)):
+            gather(iter(parts), wrong)
     for result in (gather(parts), gather(iter(parts), text.tokens)):
         assert result.rows.tolist() == list(range(text.tokens))
         assert result.targets.equal(whole.targets)

@@ -8,9 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlm import Document, KnnMixture, evaluate, explain, overlap
+from memlm.cache import Cache
 from memlm.errors import ConfigError, CorpusError, DatastoreMismatch
+from memlm.evaluation import Explanation
+from memlm.mixtures import CacheMixture
 from memlm.models import LanguageModel
 from oracle import knn_lm, stored_entries, teacher_forced
+from test_cache import gate_over
 from tiny_memories import bare_tokenizer, documents, store
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -119,6 +123,27 @@ def test_where_the_model_began_to_write(lm, memory):
         assert len(text[:offset]) - len(prompt) < 4
         assert explanation.title == "written"
     assert explain(lm, text, memory, MIXTURE).generated_from is None
+
+
+def test_one_of_something_is_not_said_to_be_several(lm, memory, tmp_path):
+    one = store(lm, {"alone": "a"}, tmp_path / "memory")
+    few = KnnMixture(interpolation_weight=0.5, temperature=10.0, k=2)
+    assert explain(lm, "the", one, few).settings["memory"] == "2 entries, 1 document"
+    assert repr(one).endswith("2 entries, 1 document)")
+    assert explain(lm, "the", memory, MIXTURE).settings["memory"].endswith(" entries, 3 documents")
+    cache = CacheMixture(interpolation_weight=0.1, scale=1.0, length=1)
+    assert explain(lm, "the", Cache(1), cache).settings["memory"] == "the last token"
+
+
+def test_several_memories_are_told_apart(lm, memory):
+    explanation = explain(lm, "the cat was in the rain", [memory, Cache(64)], gate_over(lm, memory, MIXTURE))
+    assert explanation.memories == tuple(explanation.settings["memory"].split(" + "))
+    assert explanation.memories[1] == "the last 64 tokens"
+    means = np.mean([token.weights for token in explanation.tokens], axis=0)
+    assert explanation.weights == pytest.approx(tuple(means))
+    assert abs(means[0] - means[1]) > 0.01
+    assert Explanation.from_dict(explanation.to_dict()) == explanation
+    assert explain(lm, TEXTS["cat"], memory, MIXTURE).weights == (), "there is nothing to tell apart"
 
 
 def test_another_model_cannot_explain(memory):

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -158,6 +159,21 @@ def test_terminal_without_color_marks_words_and_numbers_notes(explanation):
     assert re.search(r"━ +68 % +docs/set\.rst", output)
 
 
+def of_two_memories(explanation):
+    """Give every token λ of two memories, which add up to its λ."""
+    tokens = [replace(item, weights=(0.04 * item.weight, 0.96 * item.weight)) for item in explanation.tokens]
+    return replace(explanation, tokens=tuple(tokens), memories=("9 entries, 1 document", "the last 7 tokens"))
+
+
+def test_the_weight_of_each_memory_is_in_the_terminal(explanation):
+    output = shown(of_two_memories(explanation), width=120)
+    mean = 0.25 * 5 / 6
+    weights = f"{percent(0.04 * mean)} (9 entries, 1 document) + {percent(0.96 * mean)} (the last 7 tokens)"
+    assert f"mean λ {weights}" in output
+    assert re.search(r"^1 +set +0\.20 % → 23 % +1\.0 % \+ 24 % +90 % +docs/set\.rst", output, re.MULTILINE)
+    assert "λ" not in shown(explanation)
+
+
 def test_no_color_is_respected_on_a_terminal(explanation, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     output = shown(explanation, force_terminal=True, color_system="truecolor")
@@ -173,7 +189,8 @@ def test_terminal_with_color(explanation):
 
 @pytest.mark.parametrize("width", [20, 60, 200])
 def test_terminal_of_any_width(explanation, width):
-    assert all(len(line) <= width for line in shown(explanation, width).splitlines())
+    for item in (explanation, of_two_memories(explanation)):
+        assert all(len(line) <= width for line in shown(item, width).splitlines())
 
 
 def test_prompt_is_set_apart(explanation):

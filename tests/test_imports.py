@@ -13,7 +13,7 @@ import memlm
 
 ROOT = Path(memlm.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
-EVERYWHERE = {"errors", "evidence", "files", "progress", ""}
+EVERYWHERE = {"errors", "evidence", "files", "progress", "text", ""}
 # Package → the parts of memlm that it may import; "" is memlm itself, for its version
 ALLOWED = {
     "ops": set(),

@@ -18,7 +18,8 @@ from memlm.errors import ConfigError
 from memlm.evaluation._retrieval import Text, gather, retrieve
 from memlm.evidence import Belief, Evidence
 from memlm.mixtures import HeldOut, LearnedMixture, fit, skipping_curve
-from memlm.mixtures._fit_learned import fit_learned
+from memlm.mixtures._fit import gain
+from memlm.mixtures._fit_learned import _curve, _ratio, fit_learned
 from memlm.mixtures._learned import context_features
 from planted import KEY_WIDTH, belief, held_out, indifferent, memory, network, rising, shuffled_weights
 from test_mixtures import VOCABULARY, evidence, rows, temperatures
@@ -219,6 +220,21 @@ def test_the_curve_is_the_perplexity_of_every_threshold(fitted):
     late = [row["perplexity"] for row in curve if row["skipped"] > 0.55]  # there, what is skipped would have helped
     assert late == sorted(late)
     assert late[-1] > 1.5 * curve[0]["perplexity"]
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 7])
+def test_targets_of_one_weight_are_skipped_together_or_not_at_all(distinct):
+    """The order of targets says nothing: it must not decide which of them the curve skips."""
+    test = planted(400)
+    weight = torch.linspace(0.1, 0.9, distinct, dtype=torch.float64)[torch.arange(400) % distinct]
+    ratio = _ratio(test, 1.0, 4)
+    curve = _curve(test, ratio, weight)
+    assert [row["skipped"] for row in curve] == pytest.approx(
+        [float((weight < w).double().mean()) for w in weight.unique()]
+    )
+    for row, least in zip(curve, weight.unique(), strict=True):
+        log_probs = test.lm_log_probs.double() + gain(ratio, weight) * (weight >= least)
+        assert row["perplexity"] == pytest.approx(math.exp(-float(log_probs.mean())))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The pages of `memlm explain --html` and of the demo, used in Chromium as a person does."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -83,6 +84,18 @@ def test_selecting_a_token_shows_its_sources(page):
     assert page.evaluate("[...document.querySelectorAll('#token .agrees mark')].map(m => m.textContent)") == [" set⏎"]
     page.press("Home")
     assert "Not scored" in page.evaluate(PANEL)
+
+
+def test_the_weight_of_each_memory_is_in_the_panel(browser, tmp_path):
+    tokens = tuple(replace(item, weights=(0.04, 0.47)) for item in EXPLANATION.tokens)
+    both = replace(EXPLANATION, tokens=tokens, memories=("9 entries, 1 document", "the last 7 tokens"))
+    for item, named in ((both, True), (EXPLANATION, False)):
+        item.save(tmp_path / "page.html")
+        page = browser.open(tmp_path / "page.html")
+        names = page.evaluate("[...document.querySelectorAll('#token .bars > span')].map(cell => cell.textContent)")
+        assert ("λ of 9 entries, 1 document" in names) == ("λ of the last 7 tokens" in names) == named
+        assert ("4.0\u00a0%" in names) == ("47\u00a0%" in names) == named
+        assert page.errors == []
 
 
 def test_a_document_shows_the_tokens_that_it_supports(page):

@@ -24,7 +24,7 @@ def test_the_example_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     assert example, f"{README} has no Python example"
     if not files("memlm").joinpath("reference_lm", "config.json").is_file():
         pytest.fail(
-            "src/memlm/reference_lm is missing: train it by `memlm train-lm`, see memlm/training/reference.toml"
+            "src/memlm/reference_lm is missing: train it by `memlm train lm`, see memlm/training/reference.toml"
         )
     monkeypatch.chdir(tmp_path)
     for folder, names in NAMES.items():

@@ -166,7 +166,8 @@ def test_another_model_or_other_data_needs_a_new_folder(finished, recipe):
     for other in (other_shape, dataclasses.replace(recipe, train=recipe.valid)):
         with pytest.raises(ConfigError, match="expected the same or a new folder"):
             train_language_model(other, output, show_progress=False)
-    assert json.loads((output / "recipe.json").read_text()) == dataclasses.asdict(recipe), "it is still the old run"
+    described = {"method": "lm"} | dataclasses.asdict(recipe)
+    assert json.loads((output / "recipe.json").read_text()) == described, "it is still the old run"
 
 
 def test_too_little_text(recipe, tmp_path):

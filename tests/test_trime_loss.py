@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from memlm import ops
 from memlm.errors import ConfigError
 from memlm.training import External, Local, LongTerm, Places
-from memlm.training._memories import visible
+from memlm.training._memories import drops, visible
 
 VOCABULARY = 5
 
@@ -176,19 +176,24 @@ KINDS = {
 
 @given(batches(), st.sets(st.sampled_from(sorted(KINDS))))
 def test_what_is_seen_is_the_union(rows, names):
-    allowed = visible([KINDS[name] for name in sorted(names)], places_of(rows))
+    places = places_of(rows)
+    allowed = visible([KINDS[name] for name in sorted(names)], places, places)
     np.testing.assert_array_equal(allowed.numpy(), seen_by_loops(rows, names))
 
 
 @given(batches(), st.integers(0, 50))
 def test_external_memory_takes_the_own_segment_away(rows, update):
     memories, places = [KINDS[name] for name in ("local", "long", "external")], places_of(rows)
-    drops = KINDS["external"].drops(places.segments, (7, update))
-    dropped = {row[0] for row, drop in zip(rows, drops.tolist(), strict=True) if drop}
-    kept = {row[0] for row, drop in zip(rows, drops.tolist(), strict=True) if not drop}
+    drop = drops(memories, places.segments, (7, update))
+    dropped = {row[0] for row, gone in zip(rows, drop.tolist(), strict=True) if gone}
+    kept = {row[0] for row, gone in zip(rows, drop.tolist(), strict=True) if not gone}
     assert not dropped & kept, "a segment is dropped whole"
-    allowed = visible(memories, places, draw=(7, update))
+    allowed = visible(memories, places, places, drop)
     np.testing.assert_array_equal(allowed.numpy(), seen_by_loops(rows, KINDS, dropped))
+    for some in (slice(0, 2), slice(2, 30)):
+        assert visible(memories, places.rows(some), places, drop[some]).equal(allowed[some])
+    assert drops(memories, places.segments, None) is None
+    assert drops(memories[:2], places.segments, (7, update)) is None
 
 
 def test_how_often_the_own_segment_is_dropped():

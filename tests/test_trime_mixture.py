@@ -437,7 +437,7 @@ def _whole(batches):
 def test_long_caches_are_recalled_in_smaller_batches(monkeypatch):
     lm = overlapping()
     whole = evaluate(lm, documents(NEW), Cache(LENGTH), FORMS["cache"], show_progress=False)
-    monkeypatch.setattr("memlm.evaluation._retrieval._RECALLED_TOGETHER", 5 * LENGTH)
+    monkeypatch.setattr("memlm.evaluation._retrieval._FOUND_TOGETHER", 5 * LENGTH)
     batches = list(retrieve(lm, Text(lm, documents(NEW)), Cache(LENGTH), [LENGTH], show_progress=False))
     assert max(len(batch.rows) for batch in batches) == 5
     parts = evaluate(lm, documents(NEW), Cache(LENGTH), FORMS["cache"], show_progress=False)

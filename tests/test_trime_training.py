@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerCallback, TrainingArguments
 
+from memlm import ops
 from memlm.errors import ConfigError, ModelError
 from memlm.models import find_key_site
 from memlm.training import (
@@ -20,6 +21,7 @@ from memlm.training import (
     Segments,
     TrimeLoss,
     TrimeTrainer,
+    _trime,
     bm25_chain,
     bm25_segments,
     consecutive_segments,
@@ -274,6 +276,33 @@ def test_a_plain_batch_is_one_segment_and_document_a_row():
         assert loss(model, plain, update=9, updates=9).equal(loss(model, full, update=9, updates=9))
     with pytest.raises(ConfigError, match="the batch has the fields input_ids, labels; LongTerm needs segment"):
         TrimeLoss(memories=[LongTerm()])(model, plain, update=9, updates=9)
+
+
+@pytest.mark.parametrize("kind", sorted(MEMORIES))
+@pytest.mark.parametrize("size", [1, 100, 10**4])
+def test_chunks_change_neither_the_loss_nor_its_gradients(kind, size, monkeypatch):
+    """In float64, with 44 targets: one of them at a time, two, or all."""
+    batch = batch_of(consecutive_segments(documents_of(22, 20, 5), LENGTH, streams=2, consecutive=4))
+    loss, results, model = TrimeLoss(memories=MEMORIES[kind], seed=5), [], tiny_model("llama").double()
+    sizes = []
+    plain = ops.similarities
+    monkeypatch.setattr(ops, "similarities", lambda queries, keys: sizes.append(len(queries)) or plain(queries, keys))
+    for chunk in (10**6, size):
+        monkeypatch.setattr(_trime, "_CHUNK", chunk)
+        model.zero_grad()
+        sizes.clear()
+        value = loss(model, batch, update=30, updates=100)
+        assert value.dtype == torch.float64
+        value.backward()
+        results.append((value, gradients(model)))
+    assert set(sizes) == {min(max(1, size // 44), 44)}
+    (dense, expected), (value, found) = results
+    torch.testing.assert_close(value, dense, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+    with torch.no_grad():
+        whole = loss.log_probs(model, batch)
+        monkeypatch.setattr(_trime, "_CHUNK", 10**6)
+        torch.testing.assert_close(whole, loss.log_probs(model, batch), rtol=1e-13, atol=1e-13)
 
 
 def test_a_batch_without_targets_has_no_loss():

@@ -112,6 +112,16 @@ def test_gain_by_chance_is_not_taken():
     assert report.mixture.interpolation_weight == 0.0
 
 
+def test_a_perplexity_that_no_float_holds_is_infinite():
+    """A black box may say −9999 of every token."""
+    report = tuned(planted(-9999.0, np.full(400, 7), np.ones((400, 4)), np.full((400, 4), 8)))
+    assert not report.helps
+    assert report.lm_perplexity == report.perplexity == math.inf
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert (values["lm_perplexity"], values["perplexity"], values["tokens"]) == (None, None, 400)
+    assert "perplexity inf → inf on 400 held-out tokens" in report.verdict()
+
+
 @pytest.mark.parametrize("kind", ["adapter", "learned"])
 def test_what_a_network_learned_by_heart_is_no_gain(kind):
     """Of noise, thousands of parameters make a gain, on the text that they were fitted to alone."""
@@ -141,6 +151,10 @@ def test_tune_with_a_model(tmp_path):
     own = store(lm, TEXTS, tmp_path / "own")
     fair = tune_report(lm, own, documents(TEXTS), show_progress=False)
     assert fair.perplexity > 3 * mixed.perplexity, "documents do not see their own entries while tuning"
+    alone = store(lm, TEXTS[:1], tmp_path / "alone")
+    for kind in ("knn", "adapter"):
+        with pytest.warns(UserWarning, match=r"finds a neighbor, .*; fit to text that is not stored"):
+            assert not tune_report(lm, alone, documents(TEXTS[:1]), kind=kind, show_progress=False).helps
     bare = LanguageModel(
         tiny_model("llama"), bare_tokenizer(), "llama"
     )  # with an end of text, all texts would have a token in common

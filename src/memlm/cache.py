@@ -6,13 +6,14 @@ nothing passes from one document to another.
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
-from .evidence import Found
+from .errors import ConfigError, KeyOverflow
+from .evidence import MOST_ENTRIES, Found
 
 _BLOCK = 512  # queries compared with the past at once
 
@@ -25,14 +26,18 @@ class Cache:
         length: Entries remembered.
 
     Raises:
-        ConfigError: The length is no whole number of at least 1.
+        ConfigError: The length is no whole number from 1 to 2²⁰.
     """
 
     length: int = 1024
 
     def __post_init__(self) -> None:
-        if not isinstance(self.length, int) or isinstance(self.length, bool) or self.length < 1:
-            raise ConfigError(f"the cache's length is {self.length!r}; expected a whole number of tokens, at least 1")
+        whole = isinstance(self.length, int) and not isinstance(self.length, bool)
+        if not whole or not 1 <= self.length <= MOST_ENTRIES:
+            given = reprlib.repr(self.length)
+            raise ConfigError(
+                f"the cache's length is {given}; expected a whole number of tokens, 1 to {MOST_ENTRIES:,}"
+            )
 
     def __len__(self) -> int:
         return self.length
@@ -51,10 +56,17 @@ class Cache:
 
         Returns:
             Negative inner products and ages of shape (stop − first, length); the entry of age a stands a places back.
+
+        Raises:
+            KeyOverflow: A key of the text that is looked at is not finite.
         """
-        keys = keys.float()
-        ages = torch.arange(1, self.length + 1, device=keys.device, dtype=torch.int32)
         last = len(keys) if stop is None else stop
+        keys = keys.float()
+        if known is not None:  # what a model makes of padding may be anything
+            keys = keys.masked_fill(~keys.isfinite() & ~known[:, None], 0.0)
+        if not bool(keys[max(0, first - self.length) : last].isfinite().all()):
+            raise KeyOverflow("the model gave keys that are NaN or infinite; check its weights and its dtype")
+        ages = torch.arange(1, self.length + 1, device=keys.device, dtype=torch.int32)
         blocks = []
         for start in range(first, last, _BLOCK):
             end = min(start + _BLOCK, last)

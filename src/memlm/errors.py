@@ -11,7 +11,7 @@ MemlmError
     ├── DatastoreMismatch  it was built with another model, tokenizer, key site or metric
     ├── DatastoreCorrupt   its files are damaged or unsafe
     ├── FormatVersionError it was written by a newer memlm
-    ├── KeyOverflow        keys are not finite in the stored type
+    ├── KeyOverflow        keys are not finite, as computed or in the stored type
     └── IndexError_        a search index that is missing or unusable
 
 Each message says what was wrong with the value, what was expected, and what to do. The command line prints it as one
@@ -64,7 +64,7 @@ class FormatVersionError(DatastoreError):
 
 
 class KeyOverflow(DatastoreError):
-    """Keys are not finite in the type in which they are stored."""
+    """Keys are not finite, as computed or in the type in which they are stored."""
 
 
 class IndexError_(DatastoreError):

@@ -10,6 +10,9 @@ from torch import Tensor
 
 # What a smaller distance means; the names are those of a datastore's manifest.
 SQUARED_L2, INNER_PRODUCT = METRICS = ("squared_l2", "inner_product")
+LATELY = 64  # tokens of the text that a mixture may look back at
+# Entries of one memory that a target may look at: what a mixture finds is a matrix of targets × entries
+MOST_ENTRIES = 1 << 20
 
 
 class Found(NamedTuple):
@@ -59,6 +62,8 @@ class Belief(NamedTuple):
         confidence: log p_LM of that token, float32, shape (n,).
         entropy: Of p_LM, in nats, float32, shape (n,).
         normalizer: logsumexp of its logits, float32, shape (n,); NaN where only probabilities are known.
+        read: The last tokens that it has read, the newest last, int64, shape (n, LATELY); −1 before the text began.
+            None where nobody asked.
     """
 
     keys: Tensor
@@ -67,6 +72,7 @@ class Belief(NamedTuple):
     confidence: Tensor
     entropy: Tensor
     normalizer: Tensor
+    read: Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: Tensor, keys: Tensor, last: Tensor) -> Belief:
@@ -77,6 +83,23 @@ class Belief(NamedTuple):
         # a token that the model rules out has log p = −inf, and no share in the entropy
         entropy = -(log_probs.exp() * log_probs.clamp_min(-1e30)).sum(dim=-1)
         return cls(keys, last, top, largest - normalizer, entropy, normalizer)
+
+    def rows(self, rows: Tensor) -> Belief:
+        """Return some targets: a mask, or numbers."""
+        return Belief(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
+
+
+def read_lately(tokens: Tensor, places: Tensor, starts: Tensor | int = 0) -> Tensor:
+    """Return the last tokens read at some places, the newest last, int64, shape (n, LATELY); −1 where there are none.
+
+    Args:
+        tokens: Everything read, int64, shape (length,).
+        places: Numbers in it, int64, shape (n,).
+        starts: Where the text of each place begins, int64, shape (n,), or one number for all.
+    """
+    starts = torch.as_tensor(starts, device=tokens.device)
+    numbers = places[:, None] + torch.arange(1 - LATELY, 1, device=tokens.device)  # (n, LATELY)
+    return tokens[numbers.clamp_min(0)].masked_fill(numbers < starts.reshape(-1, 1), -1)
 
 
 class Evidence(NamedTuple):
@@ -109,7 +132,8 @@ def join(parts: Sequence[Evidence]) -> Evidence:
 
 def join_beliefs(parts: Sequence[Belief]) -> Belief:
     """Put targets together, in the order given; there must be some."""
-    return Belief(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    columns = list(zip(*parts, strict=True))
+    return Belief(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
 def _each(parts: Sequence[Evidence], change: Callable[[list[Tensor]], Tensor]) -> Evidence:

@@ -1,8 +1,13 @@
-"""Text from strangers, made safe to print."""
+"""Text for people: what strangers wrote made safe to print, and numbers of things."""
 
 from __future__ import annotations
 
 import unicodedata
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Return a number of things; their plural ends in s if it is not given."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def printable(text: str) -> str:

@@ -7,11 +7,13 @@ Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a c
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import Any
 
 import typer
 
 from ..text import printable
-from . import _build, _compare, _demo, _doctor, _eval, _explain, _generate, _info, _overlap, _recipes, _train_lm, _tune
+from . import _build, _compare, _demo, _doctor, _eval, _explain, _generate, _info, _overlap, _recipes, _train, _tune
 
 app = typer.Typer(
     name="memlm",
@@ -27,8 +29,8 @@ app.command("eval")(_eval.evaluate)
 app.command("generate")(_generate.generate)
 app.command("explain")(_explain.explain)
 app.command("compare")(_compare.compare)
-app.command("train-lm")(_train_lm.train_lm)
 app.add_typer(_recipes.app, name="recipes")
+app.add_typer(_train.app, name="train")
 app.command("demo")(_demo.demo)
 app.command("doctor")(_doctor.doctor)
 
@@ -60,7 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # "?" for λ, say, on a terminal that lacks it
     try:
-        app(arguments, prog_name="memlm")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app(arguments, prog_name="memlm")
     except (MemlmError, OSError) as error:
         if "--debug" in arguments:
             raise
@@ -70,6 +74,11 @@ def main(arguments: list[str] | None = None) -> None:
         if leaving.code == 130:
             typer.secho("memlm: interrupted", fg=typer.colors.RED, err=True)
         raise
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Print a warning in one line; where in the source it arose is of no use to who runs a command."""
+    typer.secho(f"memlm: {' '.join(printable(str(message)).split())}", fg=typer.colors.YELLOW, err=True)
 
 
 def _reason(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, ModelError
+from ..text import count as count
 from ..text import printable
 
 if TYPE_CHECKING:
@@ -196,7 +198,8 @@ def behind(endpoint: str | None, model: str | None, top: int, encoder: LanguageM
 def check_k(k: int, memory: Datastore) -> None:
     """Raise ConfigError where more neighbors are asked for than there are."""
     if k > len(memory):
-        raise ConfigError(f"k is {k:,}, but {memory.path} has {len(memory):,} entries; expected at most so many")
+        entries = count(len(memory), "entry", "entries")
+        raise ConfigError(f"k is {k:,}, but {memory.path} has {entries}; expected at most so many")
 
 
 def load_mixture(path: Path | None, weight: float | None, temperature: float | None, k: int | None) -> AnyMixture:
@@ -243,6 +246,20 @@ def check_output(path: Path | None, *suffixes: str) -> None:
         raise ConfigError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} cannot be written: it is no file; name another one")
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that can be neither made nor written to before the work is done, not after."""
+    place = folder
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"{folder} cannot be written to: {place} is not a folder; name another one")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder} cannot be written to: {place} allows no new files; name another folder")
 
 
 def check_text(name: str, text: str) -> None:
@@ -253,11 +270,6 @@ def check_text(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"the {name} is not valid UTF-8; expected text") from error
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number of things."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def metric_name(metric: str) -> str:

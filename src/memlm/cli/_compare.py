@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import ConfigError
 from . import _common as common
 
 
@@ -33,8 +31,8 @@ def compare(
     """Fit fixed λ, λ by distance, learned λ, kNN-Adapter and caches to held-out text; compare them on other text."""
     for path in save or []:
         common.check_output(path, ".json", ".md", ".html", ".htm")
-    for folder in [*(path.parent for path in save or []), *([] if mixtures is None else [mixtures])]:
-        _check_folder(folder)
+    if mixtures is not None:
+        common.check_folder(mixtures)
     from ..datastore import Datastore
     from ..evaluation import compare as measure
 
@@ -53,14 +51,3 @@ def compare(
         for method, mixture in result.mixtures.items():
             mixture.save(mixtures / common.mixture_name(memory, method), [memory.manifest.content_sha256])
         common.note(f"{len(result.mixtures)} mixtures written to {mixtures}")
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that can be neither made nor written to before the work is done, not after."""
-    place = folder
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        raise ConfigError(f"{folder} cannot be written to: {place} is not a folder; name another one")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"{folder} cannot be written to: {place} allows no new files; name another folder")

@@ -32,11 +32,16 @@ def tune(
     json: common.Json = False,
 ) -> None:
     """Choose λ, temperature and k by the likelihood of held-out text, and say whether the memory helps at all."""
-    if save is None or not save.is_dir():
+    if save is not None and save.is_dir():
+        common.check_folder(save)
+    else:
         common.check_output(save)
     from ..cache import Cache
-    from ..evaluation import check_kind, tune_report
+    from ..evaluation import check_kind, finite, tune_report
+    from ..mixtures import check_place
 
+    if save is not None:
+        check_place(save)
     check_kind(mixture)
     if mixture != "trime" and cache is not None:
         raise ConfigError(f"--cache is {cache}, but {mixture} looks at the datastore alone; leave --cache out")
@@ -55,7 +60,7 @@ def tune(
     lm = common.behind(endpoint, endpoint_model, top_logprobs, encoder)
     settings = {"kind": mixture, "max_k": 1024 if max_k is None else max_k, "max_tokens": max_tokens}
     report = tune_report(lm, memories if mixture == "trime" else memory, [str(path) for path in text], **settings)
-    common.emit({**report.to_dict(), "grid": report.grid}, report.verdict(), json)
+    common.emit({**report.to_dict(), "grid": [finite(row) for row in report.grid]}, report.verdict(), json)
     if save is not None:
         if memory is not None and save.is_dir():
             save = save / common.mixture_name(memory, report.mixture.kind)

@@ -17,6 +17,7 @@ from ..errors import ConfigError, DatastoreCorrupt, ShapeError
 from ..evidence import METRICS, SQUARED_L2, Found
 from ..index import Index, build_index, check_factory, open_index
 from ..neighbors import Neighbors
+from ..text import count
 from ._build import Encoder, build_segments
 from ._manifest import Manifest, Part
 from ._segment import Segment, text_sha256
@@ -224,9 +225,11 @@ class Datastore:
         return Found(distances, torch.from_numpy(tokens), present, torch.from_numpy(found.entries))
 
     def statistics(self) -> Tensor:
-        """Return log(1 + successors) and log(1 + different successors) of every token within the stored documents.
+        """Return log(1 + frequency) and log(1 + fertility) of every token among the stored values.
 
-        The last token of a document has no successor.
+        Frequency is how often another value follows it in its document, fertility how many different ones do. What a
+        document ends with is followed by nothing, and what it starts with (the start token, or where there is none its
+        first token) is a value of no entry: neither is counted there.
 
         Returns:
             float32, shape (vocabulary, 2).
@@ -317,4 +320,5 @@ class Datastore:
         }
 
     def __repr__(self) -> str:
-        return f"Datastore({str(self.path)!r}, {len(self):,} entries, {self.manifest.documents:,} documents)"
+        entries, documents = count(len(self), "entry", "entries"), count(self.manifest.documents, "document")
+        return f"Datastore({str(self.path)!r}, {entries}, {documents})"

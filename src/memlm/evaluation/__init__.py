@@ -7,6 +7,7 @@ from ._comparison import Comparison as Comparison
 from ._evaluate import Evaluation as Evaluation
 from ._evaluate import Result as Result
 from ._evaluate import evaluate as evaluate
+from ._evaluate import finite as finite
 from ._explain import explain as explain
 from ._explanation import ExplainedToken as ExplainedToken
 from ._explanation import Explanation as Explanation
@@ -41,6 +42,7 @@ __all__ = [
     "compare",
     "evaluate",
     "explain",
+    "finite",
     "gather",
     "overlap",
     "retrieve",

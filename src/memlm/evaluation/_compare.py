@@ -17,7 +17,7 @@ from ._comparison import Comparison, Saving
 from ._evaluate import evaluate
 from ._judge import judge, rows_of
 from ._methods import fit_all
-from ._retrieval import Retrieved, Text, gather, retrieve
+from ._retrieval import Retrieved, Text, gather, retrieve, warn_if_nothing_is_found
 
 
 def compare(
@@ -140,9 +140,4 @@ def _warn(valid: Read, test: Read) -> None:
             "to fit to as well: what is fitted has seen them; keep the two apart",
             stacklevel=4,
         )
-    if not bool(valid.found.found.present.any()):
-        warnings.warn(
-            "no token of the text to fit to finds a neighbor, since a stored document does not see its own entries: "
-            "λ of the datastore is 0; fit to text that is not stored",
-            stacklevel=4,
-        )
+    warn_if_nothing_is_found(valid.found.found, 4)

@@ -11,8 +11,10 @@ from typing import Any
 from ..errors import ConfigError
 from ..files import write_atomically, write_json
 from ..mixtures import Mixture
+from ..text import count
 from ._analysis import Analysis
 from ._bootstrap import Interval
+from ._evaluate import finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +51,9 @@ class Row:
     shuffled: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return plain values; None for a perplexity that no float holds."""
         intervals = {"over_fixed": self.over_fixed.to_dict(), "over_cache": self.over_cache.to_dict()}
-        return dataclasses.asdict(self) | intervals
+        return finite(dataclasses.asdict(self)) | intervals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +79,9 @@ class Saving:
         """How many times as fast it is with skipping."""
         return self.tokens_per_second / self.tokens_per_second_always
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return {**dataclasses.asdict(self), "speedup": self.speedup}
+        return finite({**dataclasses.asdict(self), "speedup": self.speedup})
 
     def __str__(self) -> str:
         return (
@@ -126,7 +128,7 @@ class Comparison:
             "tokens": self.tokens,
             "valid_tokens": self.valid_tokens,
             "unit": self.unit,
-            "skipping": self.skipping,
+            "skipping": [finite(row) for row in self.skipping],
             "saving": None if self.saving is None else self.saving.to_dict(),
             "analysis": self.analysis.to_dict(),
             "settings": self.settings,
@@ -150,7 +152,8 @@ class Comparison:
 
     def __str__(self) -> str:
         saving = [] if self.saving is None else [str(self.saving)]
-        return "\n".join([*table(self), f"{self.tokens:,} test tokens; 95 % intervals over {self.unit}", *saving])
+        tokens = count(self.tokens, "test token")
+        return "\n".join([*table(self), f"{tokens}; 95 % intervals over {self.unit}", *saving])
 
 
 def table(comparison: Comparison) -> list[str]:

@@ -121,7 +121,7 @@ def plots(comparison: Comparison) -> bytes:
             reliability.plot([row["mean"] for row in points], [row["best"] for row in points], **style)
     reliability.plot([0, 1], [0, 1], color="0.4", ls="--", lw=1)
     reliability.set(xlabel="mean λ of a tenth of the tokens", ylabel="best λ there", title="Reliability of λ")
-    reliability.legend(frameon=False, fontsize=8)
+    _legend(reliability)
     _draw_bars(frequency, comparison.analysis.by_frequency, "times that the target is stored", "Gain by frequency")
     label = "tokens before it that agree with the nearest neighbor's"
     _draw_bars(overlap, comparison.analysis.by_overlap, label, "Gain by overlap")
@@ -141,7 +141,7 @@ def _draw_curves(axes: Any, curves: dict[str, list[float]]) -> None:
         if name in curves:
             axes.plot(curves["distance"], curves[name], label=f"{name}, fitted on valid", **style)
     axes.set_ylim(-0.03, 1.03)
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
 
 
 def _draw_bars(axes: Any, rows: list[dict[str, Any]], label: str, title: str) -> None:
@@ -153,4 +153,10 @@ def _draw_bars(axes: Any, rows: list[dict[str, Any]], label: str, title: str) ->
     axes.axhline(0, color="0.4", lw=1)
     axes.set(xlabel=f"{label} (below: tokens)", ylabel="nats gained over the model", title=title)
     axes.grid(alpha=0.3, axis="y")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    """Name what is drawn, if anything is: a text may be too short for points."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)

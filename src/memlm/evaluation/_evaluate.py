@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from ..cache import Cache
 from ..datastore import Pointers
-from ..mixtures import Mixture
+from ..mixtures import Mixture, perplexity
 from ..models import Scorer
+from ..text import count
 from ._bootstrap import Interval, paired_bootstrap
 from ._retrieval import Memory, Text, as_memories, retrieve
 
@@ -41,12 +42,12 @@ class Result:
     @property
     def perplexity(self) -> float:
         """Per token."""
-        return _exp(self.nats / self.tokens)
+        return perplexity(self.nats / self.tokens)
 
     @property
     def word_perplexity(self) -> float:
         """Per word: the same total, divided among fewer units."""
-        return _exp(self.nats / max(1, self.words))
+        return perplexity(self.nats / max(1, self.words))
 
     @property
     def bits_per_byte(self) -> float:
@@ -60,13 +61,13 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; None for what is infinite (where λ = 1 made a token impossible)."""
-        return _finite(
+        return finite(
             {
                 "method": self.method,
                 "perplexity": self.perplexity,
                 "word_perplexity": self.word_perplexity,
                 "bits_per_byte": self.bits_per_byte,
-                "byte_perplexity": _exp(self.bits_per_byte * math.log(2)),
+                "byte_perplexity": perplexity(self.bits_per_byte * math.log(2)),
                 "nats": self.nats,
                 "tokens": self.tokens,
                 "words": self.words,
@@ -123,7 +124,7 @@ class Evaluation:
             )
         first, last = self.results[0], self.results[-1]
         lines.append(
-            f"{first.tokens:,} tokens; perplexity {100 * (last.perplexity / first.perplexity - 1):+.1f} %; gain "
+            f"{count(first.tokens, 'token')}; perplexity {100 * (last.perplexity / first.perplexity - 1):+.1f} %; gain "
             f"{self.gain}; {100 * self.helped:.0f} % of tokens helped, {100 * self.hurt:.0f} % hurt"
         )
         return "\n".join(lines)
@@ -154,6 +155,7 @@ def evaluate(
         show_progress: Show rate and time left on stderr.
 
     Raises:
+        ConfigError: A cache remembers less than the mixture looks at.
         CorpusError: No text.
         DatastoreMismatch: The datastore was built with another model, tokenizer or key site, or a memory is not of the
             kind that the mixture is for.
@@ -224,12 +226,8 @@ def _describe(memory: Memory) -> dict[str, Any]:
     }
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
+def finite(values: dict[str, Any]) -> dict[str, Any]:
     """Put None, which JSON has, in the place of numbers that are not finite."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

@@ -13,6 +13,7 @@ from ..documents import Document
 from ..evidence import Evidence
 from ..mixtures import Mixture, memory_likelihoods
 from ..models import Scorer
+from ..text import count as number_of
 from ._explanation import ExplainedToken, Explanation, Source
 from ._retrieval import Memory, Retrieved, Text, as_memories, datastore_of, retrieve
 
@@ -42,6 +43,7 @@ def explain(
             generated: it was written with every document at hand.
 
     Raises:
+        ConfigError: A cache remembers less than the mixture looks at.
         DatastoreMismatch: The datastore was built with another model, tokenizer or key site, or a memory is not of the
             kind that the mixture is for.
     """
@@ -87,12 +89,9 @@ def explain(
     if generated_from is not None:
         stops = tokenized.spans[first_scored : first_scored + len(tokens_out), 1]
         start = int(np.searchsorted(stops, generated_from, side="right"))
-    shown: dict[str, Any] = {
-        "model": lm.name,
-        "mixture": mixture.describe(),
-        "memory": " + ".join(_describe(item) for item in memories),
-    }
-    return Explanation(tuple(tokens_out), title or "Explained text", start, shown)
+    described = tuple(_describe(item) for item in memories)
+    shown: dict[str, Any] = {"model": lm.name, "mixture": mixture.describe(), "memory": " + ".join(described)}
+    return Explanation(tuple(tokens_out), title or "Explained text", start, shown, described)
 
 
 def _token_text(tokenized: Any, place: int) -> str:
@@ -104,8 +103,9 @@ def _token_text(tokenized: Any, place: int) -> str:
 def _describe(memory: Memory) -> str:
     datastore = datastore_of(memory)
     if datastore is not None:
-        return f"{len(datastore):,} entries, {datastore.manifest.documents:,} documents"
-    return f"the last {len(memory):,} tokens"
+        documents = number_of(datastore.manifest.documents, "document")
+        return f"{number_of(len(datastore), 'entry', 'entries')}, {documents}"
+    return "the last token" if len(memory) == 1 else f"the last {len(memory):,} tokens"
 
 
 def _sources(

@@ -106,6 +106,16 @@ class Explanation:
     title: str
     generated_from: int | None = None
     settings: dict[str, float | int | str] = field(default_factory=dict)
+    memories: tuple[str, ...] = ()
+    """What each memory is, in the order of `ExplainedToken.weights`."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Mean λ of each memory; empty where there is but one, or no token."""
+        if len(self.memories) < 2 or not self.summarized:
+            return ()
+        columns = zip(*(token.weights for token in self.summarized), strict=True)
+        return tuple(_mean(list(column)) for column in columns)
 
     @property
     def summarized(self) -> tuple[ExplainedToken, ...]:
@@ -187,6 +197,7 @@ class Explanation:
             "helped": self.helped,
             "hurt": self.hurt,
             "documents": self.documents,
+            "weights": self.weights,
         }
         return _plain({"format": 1, "summary": summary, **asdict(self)})
 
@@ -202,7 +213,8 @@ class Explanation:
             sources = tuple(Source(**filled(source)) for source in token["sources"])
             weights = tuple(token.get("weights", ()))
             tokens.append(ExplainedToken(**filled(token) | {"sources": sources, "weights": weights}))
-        return cls(tuple(tokens), data["title"], data["generated_from"], data["settings"])
+        memories = tuple(data.get("memories", ()))
+        return cls(tuple(tokens), data["title"], data["generated_from"], data["settings"], memories)
 
     def save(self, path: Path | str) -> None:
         """Write a self-contained page (.html) or the data (.json), in one step."""

@@ -10,7 +10,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from ..text import printable
+from ..text import count, printable
 from ._explanation import Explanation, Source
 
 _FOOTNOTES = 8
@@ -70,11 +70,15 @@ def _summary(explanation: Explanation) -> Text:
         for name, value in explanation.settings.items()
     )
     summary = Text.assemble(
-        f"{'written by the model: ' if explanation.generated_from else ''}{len(explanation.summarized):,} tokens, ",
+        "written by the model: " if explanation.generated_from else "",
+        f"{count(len(explanation.summarized), 'token')}, ",
         (f"perplexity per token {alone:,.1f} → {together:,.1f}", "bold"),
         f" ({explanation.gain:+.3f} nats per token); "
         f"helped {percent(explanation.helped)}, hurt {percent(explanation.hurt)}",
     )
+    weights = zip(explanation.weights, explanation.memories, strict=False)
+    if explanation.weights:
+        summary.append(f"\nmean λ {' + '.join(f'{percent(weight)} ({memory})' for weight, memory in weights)}")
     return summary.append(f"\n{printable(settings)}", style="dim") if settings else summary
 
 
@@ -140,6 +144,9 @@ def _footnote_table(explanation: Explanation, notes: dict[int, int], width: int,
     table.add_column("")
     table.add_column("token", overflow="fold", max_width=16)
     table.add_column("model → with memory", no_wrap=True)
+    several = len(explanation.memories) > 1
+    if several:
+        table.add_column("λ of each", no_wrap=True)
     table.add_column("of p_kNN", justify="right", no_wrap=True)
     table.add_column("document, stored text", overflow="fold")
     for position, number in notes.items():
@@ -149,6 +156,7 @@ def _footnote_table(explanation: Explanation, notes: dict[int, int], width: int,
             Text(str(number), style="bold"),
             Text(_one_line(token.text), style="bold"),
             f"{percent(token.lm)} → {percent(token.mixture)}",
+            *([" + ".join(map(percent, token.weights))] if several else []),
             percent(source.share),
             Text.assemble((_one_line(source.document), "bold"), "\n", _context(source, width - 57, plain)),
         )

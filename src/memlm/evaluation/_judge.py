@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..mixtures import HeldOut, Mixture, memory_likelihoods
+from ..mixtures import HeldOut, Mixture, memory_likelihoods, perplexity
 from ._bootstrap import paired_bootstrap
 from ._comparison import Row
 from ._methods import Fitted, Methods
@@ -67,7 +67,7 @@ def rows_of(
         return Row(
             method=name,
             settings="" if item is None else item.mixture.describe(),
-            perplexity=math.exp(-float(log_probs.mean())),
+            perplexity=perplexity(-float(log_probs.mean())),
             over_fixed=paired_bootstrap((log_probs - fixed).numpy(), documents),
             over_cache=paired_bootstrap((log_probs - cache).numpy(), documents),
             helped=float((log_probs - lm > math.log1p(_THRESHOLD)).double().mean()),
@@ -86,7 +86,7 @@ def rows_of(
         if len(weights[weights > 0].unique()) > 1:  # a memory that found nothing has λ = 0 whatever the method
             some = torch.stack([held.evidence.memories[place].present.any(dim=1) for place in memories], dim=1)
             other = mixed(weights[shuffle] * some, result.likelihoods, held.lm_log_probs)
-            shuffled = math.exp(-float(other.mean()))
+            shuffled = perplexity(-float(other.mean()))
         searching = sum(found.search_seconds[place] for place in memories)
         rows.append(row(name, result.log_probs, result.seconds + searching, shuffled))
     return tuple(rows)

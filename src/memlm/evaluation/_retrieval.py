@@ -18,13 +18,14 @@ from ..cache import Cache
 from ..datastore import Datastore, Pointers
 from ..documents import Corpus, Document, describe
 from ..errors import ConfigError, CorpusError
-from ..evidence import Belief, Evidence, Found, join_beliefs
+from ..evidence import Belief, Evidence, Found, join_beliefs, read_lately
 from ..models import ScoredBatch, Scorer
 from ..progress import progress
+from ..text import count
 
 _GROUP = 1 << 15  # tokens of documents that are cut and batched together
 _SEARCHED_TOGETHER = 1 << 13  # queries
-_RECALLED_TOGETHER = 1 << 23  # entries of a cache, for all queries of a batch
+_FOUND_TOGETHER = 1 << 23  # entries, for all queries of a batch
 
 Memory = Datastore | Cache | Pointers
 
@@ -141,6 +142,16 @@ def check_same(lm: Scorer, memory: Datastore) -> None:
         )
 
 
+def warn_if_nothing_is_found(found: Found, stacklevel: int) -> None:
+    """Warn where a datastore found nothing for a whole text to fit to; `stacklevel` as in `warnings.warn`."""
+    if not bool(found.present.any()):
+        warnings.warn(
+            "no token of the text to fit to finds a neighbor, since a stored document does not see its own entries: "
+            "λ of the datastore is 0; fit to text that is not stored",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def retrieve(
     lm: Scorer,
     text: Text,
@@ -172,7 +183,8 @@ def retrieve(
     """
     memories = as_memories(memory)
     if len(ks) != len(memories):
-        raise ConfigError(f"the mixture is for {len(ks)} memories, {len(memories)} are given; pass one for each")
+        asked = count(len(ks), "memory", "memories")
+        raise ConfigError(f"the mixture is for {asked}, {len(memories)} are given; pass one for each")
     own: dict[int, np.ndarray] = {}
     for place, datastore in enumerate(map(datastore_of, memories)):
         if datastore is not None:
@@ -181,6 +193,9 @@ def retrieve(
                 own[place] = np.array([datastore.document_range(item) for item in text.texts]).reshape(-1, 2)
     owners = text.document_of_target
     whole = any(not isinstance(item, Datastore) for item in memories)
+    streams = any(isinstance(item, Pointers) for item in memories)  # the more together, the better
+    sizes = [len(item) if isinstance(item, Cache) else k for item, k in zip(memories, ks, strict=True)]
+    together = max(1, min(_SEARCHED_TOGETHER, _FOUND_TOGETHER // max(1, sum(sizes))))
     searching = float(any(datastore_of(item) is not None for item in memories))
     with progress(description, text.tokens, show=show_progress) as advance:
         first_row = first_document = 0
@@ -190,18 +205,23 @@ def retrieve(
                 size += len(text.ids[stop])
                 stop += 1
             group = text.ids[first_document:stop]
+            read = torch.from_numpy(np.concatenate([ids[:-1] for ids in group]))  # a token for each target of the group
+            lengths = np.array([len(ids) - 1 for ids in group])
+            starts = torch.from_numpy(np.repeat(lengths.cumsum() - lengths, lengths))
             started = time.perf_counter()
             batches = _joined(lm.score(group, beliefs=beliefs or wanted is not None))
             past = torch.empty(0)  # with a cache or pointers, the keys of the group's targets in order
             if whole:
                 everything = _put_together(list(batches))
-                past = everything.keys[everything.rows.argsort()]
-                longest = max((len(item) for item in memories if isinstance(item, Cache)), default=1)
-                batches = _split(everything, any(isinstance(item, Pointers) for item in memories), longest)
-            for batch in batches:
+                everything = _some_of(everything, everything.rows.argsort())
+                past, batches = everything.keys, iter([everything])
+            for batch in batches if streams else _cut(batches, together):
                 scored = time.perf_counter()
                 rows = batch.rows + first_row
                 asked = None if wanted is None or batch.belief is None else wanted(batch.belief)
+                belief = batch.belief if beliefs else None
+                if belief is not None:
+                    belief = belief._replace(read=read_lately(read, batch.rows, starts[batch.rows]))
                 found, times = [], [scored]
                 share = searching if asked is None else searching * float(asked.float().mean())
                 for place, (item, k) in enumerate(zip(memories, ks, strict=True)):
@@ -222,7 +242,7 @@ def retrieve(
                     rows=rows,
                     targets=batch.targets,
                     lm_log_probs=batch.log_probs,
-                    evidence=Evidence(tuple(found), batch.belief if beliefs else None),
+                    evidence=Evidence(tuple(found), belief),
                     searched=share,
                     model_seconds=scored - started,
                     search_seconds=tuple(after - before for before, after in pairwise(times)),
@@ -256,16 +276,17 @@ def _recall(cache: Cache, keys: Tensor, documents: list[np.ndarray], rows: Tenso
     return Found(*(torch.cat(columns) for columns in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
-def _split(batch: ScoredBatch, pointers: bool, longest: int) -> Iterator[ScoredBatch]:
-    """Put a batch in the order of the text and cut it into smaller ones, the more the longer the longest cache is.
+def _cut(batches: Iterable[ScoredBatch], together: int) -> Iterator[ScoredBatch]:
+    """Cut batches into equal parts of at most so many targets."""
+    for batch in batches:
+        parts = -(-len(batch.rows) // together)
+        for rows in torch.arange(len(batch.rows)).tensor_split(max(1, parts)):
+            yield _some_of(batch, rows) if parts > 1 else batch
 
-    With pointers it stays whole: more streams.
-    """
-    together = max(1, min(_SEARCHED_TOGETHER, _RECALLED_TOGETHER // longest))
-    for rows in batch.rows.argsort().split(len(batch.rows) if pointers else together):
-        belief = None if batch.belief is None else Belief(*(part[rows] for part in batch.belief))
-        rest = batch.rows[rows], batch.targets[rows], batch.log_probs[rows], batch.keys[rows]
-        yield ScoredBatch(*rest, belief)
+
+def _some_of(batch: ScoredBatch, rows: Tensor) -> ScoredBatch:
+    belief = None if batch.belief is None else batch.belief.rows(rows)
+    return ScoredBatch(batch.rows[rows], batch.targets[rows], batch.log_probs[rows], batch.keys[rows], belief)
 
 
 def _joined(batches: Iterator[ScoredBatch]) -> Iterator[ScoredBatch]:
@@ -312,14 +333,15 @@ def gather(parts: Iterable[Retrieved], tokens: int | None = None) -> Retrieved:
 
     Args:
         parts: From `retrieve`; at least one.
-        tokens: Targets in all of them; None counts them, and holds all batches at once.
+        tokens: Targets in all of them: of `retrieve(lm, text, …)` it is text.tokens, because every target comes once,
+            under its number in the text. None counts them, and holds all batches at once.
     """
     if tokens is None:
         parts = list(parts)
         tokens = sum(len(part.rows) for part in parts)
     targets, lm_log_probs = torch.empty(tokens, dtype=torch.long), torch.empty(tokens)
     evidence: Evidence | None = None
-    searched = model_seconds = 0.0
+    placed, searched, model_seconds = 0, 0.0, 0.0
     search_seconds: list[tuple[float, ...]] = []
     for part in parts:
         memories = tuple(found._replace(entries=found.entries[:, :1]) for found in part.evidence.memories)
@@ -327,11 +349,13 @@ def gather(parts: Iterable[Retrieved], tokens: int | None = None) -> Retrieved:
         evidence = kept.room(tokens) if evidence is None else evidence
         evidence.put(part.rows, kept)
         targets[part.rows], lm_log_probs[part.rows] = part.targets, part.lm_log_probs
+        placed += len(part.rows)
         searched += part.searched * len(part.rows)
         model_seconds += part.model_seconds
         search_seconds.append(part.search_seconds)
         del part, memories, kept  # before the next batch is made
     assert evidence is not None
+    assert placed == tokens, f"{placed} targets for {tokens} places: the others would hold anything"
     return Retrieved(
         rows=torch.arange(tokens),
         targets=targets,

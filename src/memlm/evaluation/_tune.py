@@ -27,11 +27,14 @@ from ..mixtures import (
     fit,
     folds,
     memory_probabilities,
+    perplexity,
     spread,
 )
 from ..models import Scorer
+from ..text import count
 from ._bootstrap import Interval, paired_bootstrap, units
-from ._retrieval import Retrieved, Text, gather, retrieve
+from ._evaluate import finite
+from ._retrieval import Retrieved, Text, gather, retrieve, warn_if_nothing_is_found
 
 _SAMPLE = 1 << 14  # targets by which temperatures are compared before those near the best see all
 _OCTAVES = 8  # temperatures go from the typical distance × 2^−6 to × 2^2, in steps of half an octave
@@ -63,10 +66,10 @@ class Tuning:
     grid: list[dict[str, float]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the grid as plain values."""
+        """Return everything but the grid as plain values; None for a perplexity that no float holds."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "grid"}
         return {
-            **values,
+            **finite(values),
             "mixture": self.mixture.to_dict(),
             "best": self.best.to_dict(),
             "gain": self.gain.to_dict(),
@@ -74,7 +77,8 @@ class Tuning:
 
     def verdict(self) -> str:
         """Say in one sentence whether the memory helps."""
-        change = f"perplexity {self.lm_perplexity:,.2f} → {self.perplexity:,.2f} on {self.tokens:,} held-out tokens"
+        tokens = count(self.tokens, "held-out token")
+        change = f"perplexity {self.lm_perplexity:,.2f} → {self.perplexity:,.2f} on {tokens}"
         best = self.best
         settings = f"{best.describe()}"
         if self.helps:
@@ -86,8 +90,8 @@ class Tuning:
 def tune(lm: Scorer, memory: Any, source: Any, **settings: Any) -> Mixture:
     """Choose λ, temperature and k by the likelihood of held-out text; see `tune_report` for the settings.
 
-    Warns where the memory does not help; the mixture returned is then the model alone (λ = 0), but for "trime", which
-    has no such setting.
+    Warns where the memory does not help, and where nothing is found because all of the text is stored. The mixture
+    returned is then the model alone (λ = 0), but for "trime", which has no such setting.
     """
     report = tune_report(lm, memory, source, **settings)
     if not report.helps:
@@ -108,7 +112,8 @@ def tune_report(
     """Choose λ, temperature and k by the likelihood of held-out text, and tell how sure the gain is.
 
     Temperatures form a grid around the typical distance, k runs over powers of two, and λ is the exact optimum for each
-    pair. Documents of the held-out text that are stored in the datastore do not see their own entries.
+    pair. Documents of the held-out text that are stored in the datastore do not see their own entries; warns where
+    nothing is left to find.
 
     Args:
         lm: The model that made the datastore's keys, or a `BlackBox` whose encoder made them.
@@ -137,7 +142,8 @@ def tune_report(
     k = min(max_k, len(memory))
     beliefs = kind not in ("knn", "buckets", "exponential", "logistic")
     options = {"beliefs": beliefs, "show_progress": show_progress, "description": "tuning"}
-    cached = gather(list(retrieve(lm, text, memory, [k], **options)))
+    cached = gather(retrieve(lm, text, memory, [k], **options), text.tokens)
+    warn_if_nothing_is_found(cached.found, 2)
     return tune_cached(cached, text.document_of_target, kind, memory.statistics() if beliefs else None)
 
 
@@ -186,14 +192,14 @@ def tune_cached(
         mixture=best if helps else dataclasses.replace(fixed, interpolation_weight=0.0),
         helps=helps,
         best=best,
-        lm_perplexity=math.exp(-float(lm.mean())),
-        perplexity=math.exp(-float(mixed.mean())),
+        lm_perplexity=perplexity(-float(lm.mean())),
+        perplexity=perplexity(-float(mixed.mean())),
         gain=gain,
         tokens=len(lm),
         grid=[
             {
                 **{name: row[name] for name in ("k", "temperature", "interpolation_weight")},
-                "perplexity": math.exp(row["nats"]),
+                "perplexity": perplexity(row["nats"]),
             }
             for row in rows
         ],

@@ -8,10 +8,10 @@ from typing import Any
 from ..cache import Cache
 from ..errors import ConfigError
 from ..evidence import INNER_PRODUCT
-from ..mixtures import CACHE, HeldOut, TrimeMixture, check_memory, fit_trime
+from ..mixtures import CACHE, HeldOut, TrimeMixture, check_memory, fit_trime, perplexity
 from ..models import Scorer
 from ._bootstrap import paired_bootstrap, units
-from ._retrieval import Memory, Text, as_memories, gather, retrieve, thinned
+from ._retrieval import Memory, Text, as_memories, gather, retrieve, thinned, warn_if_nothing_is_found
 from ._tune import Tuning
 
 _KEPT = 1 << 25  # neighbors of all targets that are held in memory together
@@ -53,8 +53,10 @@ def tune_trime(
     ks = [len(item) if isinstance(item, Cache) else min(max_k, len(item)) for item in memories]
     every = -(-text.tokens * sum(ks) // _KEPT)
     options = {"beliefs": True, "show_progress": show_progress, "description": "tuning"}
-    cached = gather(list(thinned(retrieve(lm, text, memories, ks, **options), every)))
     documents = text.document_of_target[::every]
+    cached = gather(thinned(retrieve(lm, text, memories, ks, **options), every), len(documents))
+    if not isinstance(memories[0], Cache):
+        warn_if_nothing_is_found(cached.found, 3)
     held = HeldOut(cached.targets, cached.lm_log_probs, cached.evidence, units(documents)[0])
     best = fit_trime(held)
     mixed, alone = held.log_probs(best), cached.lm_log_probs.double()
@@ -63,8 +65,8 @@ def tune_trime(
         mixture=best,
         helps=gain.low > 0 if math.isfinite(gain.low) else gain.mean > 0,
         best=best,
-        lm_perplexity=math.exp(-float(alone.mean())),
-        perplexity=math.exp(-float(mixed.mean())),
+        lm_perplexity=perplexity(-float(alone.mean())),
+        perplexity=perplexity(-float(mixed.mean())),
         gain=gain,
         tokens=len(held),
         grid=[],

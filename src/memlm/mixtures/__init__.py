@@ -21,6 +21,7 @@ from ._folds import folds as folds
 from ._gate import GateMixture as GateMixture
 from ._heldout import HeldOut as HeldOut
 from ._heldout import memory_probabilities as memory_probabilities
+from ._heldout import perplexity as perplexity
 from ._heldout import spread as spread
 from ._learned import LearnedMixture as LearnedMixture
 from ._mixture import CACHE as CACHE
@@ -30,6 +31,7 @@ from ._mixture import check_memory as check_memory
 from ._mixture import memory_likelihoods as memory_likelihoods
 from ._mixture import nearest as nearest
 from ._saved import load_mixture as load_mixture
+from ._storage import check_place as check_place
 from ._trime import TrimeMixture as TrimeMixture
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "TrimeMixture",
     "best_weight",
     "check_memory",
+    "check_place",
     "choose",
     "fit",
     "fit_cache",
@@ -62,6 +65,7 @@ __all__ = [
     "memory_likelihoods",
     "memory_probabilities",
     "nearest",
+    "perplexity",
     "skipping_curve",
     "spread",
 ]

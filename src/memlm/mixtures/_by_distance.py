@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import ConfigError
 from ..evidence import Evidence, Found
+from ..text import count
 from ._mixture import DatastoreMixture, check_number, check_positive, check_weight, nearest
 
 
@@ -53,7 +54,7 @@ class BucketMixture(DatastoreMixture):
     def curve(self) -> str:
         """See `DatastoreMixture.curve`."""
         low, high = min(self.bucket_weights), max(self.bucket_weights)
-        return f"λ {low:.3f} to {high:.3f} in {len(self.bucket_weights)} buckets"
+        return f"λ {low:.3f} to {high:.3f} in {count(len(self.bucket_weights), 'bucket')}"
 
 
 @dataclass(frozen=True, kw_only=True)

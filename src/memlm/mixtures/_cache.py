@@ -46,15 +46,16 @@ class _CacheMixture(Mixture):
         """See `Mixture.expects`."""
         return (CACHE,)
 
-    def _scores(self, evidence: Evidence) -> Tensor:
+    def _scores(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
+        """Return the score of every entry looked at, shape (n, length), and whether there is any, bool, (n, 1)."""
         found = evidence.memories[0].nearest(self.length)
         if found.ages is None:
             raise ConfigError("a cache mixture was given a datastore; pass a Cache")
-        return ops.cache_scores(-found.distances, found.present, found.ages, self.scale, self.forgetting)
+        scores = ops.cache_scores(-found.distances, found.present, found.ages, self.scale, self.forgetting)
+        return scores, found.present.any(dim=1, keepdim=True)
 
     def _past(self) -> str:
-        age = f", forgetting in {1 / self.forgetting:,.0f} tokens" if self.forgetting else ""
-        return f"θ {self.scale:.3g}, last {self.length:,} tokens{age}"
+        return f"θ {self.scale:.3g}, {past(self.length, self.forgetting)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,7 @@ class CacheMixture(_CacheMixture):
 
     def mix(self, evidence: Evidence) -> Mix:
         """See `Mixture.mix`."""
-        scores = self._scores(evidence)
-        some = evidence.memories[0].present.any(dim=1, keepdim=True)
+        scores, some = self._scores(evidence)
         return Mix(self.interpolation_weight * some, (log_shares(scores, some),))
 
     def describe(self) -> str:
@@ -110,8 +110,7 @@ class SharedCacheMixture(_CacheMixture):
     def mix(self, evidence: Evidence) -> Mix:
         """See `Mixture.mix`."""
         normalizer = known_normalizer(evidence.belief)
-        scores = self._scores(evidence)
-        some = evidence.memories[0].present.any(dim=1, keepdim=True)
+        scores, some = self._scores(evidence)
         mass = scores.logsumexp(dim=1).masked_fill(~some[:, 0], -torch.inf)
         weight = ops.shared_softmax_weight(mass, normalizer, self.bias)
         return Mix(weight[:, None], (log_shares(scores, some),))
@@ -119,6 +118,13 @@ class SharedCacheMixture(_CacheMixture):
     def describe(self) -> str:
         """See `Mixture.describe`."""
         return f"one softmax, α {self.bias:.3g}, {self._past()}"
+
+
+def past(length: int, forgetting: float) -> str:
+    """Say which past is looked at, and how fast it is forgotten."""
+    tokens = "the last token" if length == 1 else f"last {length:,} tokens"
+    age = 1 / forgetting if forgetting else 0.0
+    return f"{tokens}, forgetting in {f'{age:,.0f}' if age >= 10 else f'{age:.2g}'} tokens" if age else tokens
 
 
 def known_normalizer(belief: Belief | None) -> Tensor:

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ._fit import gain
 from ._fixed import KnnMixture
 from ._folds import folds
-from ._heldout import HeldOut, memory_probabilities
+from ._heldout import HeldOut, memory_probabilities, perplexity
 from ._learned import LearnedMixture, context_features
 from ._network import Network
 from ._train import train
@@ -50,22 +50,26 @@ def fit_learned(held: HeldOut, base: KnnMixture, *, tolerance: float = 0.005, se
 
 
 def skipping_curve(held: HeldOut, mixture: LearnedMixture) -> list[dict[str, float]]:
-    """Return perplexity against the share of searches skipped, those with the smallest λ first."""
+    """Return perplexity against the share of searches skipped, those with the smallest λ first.
+
+    Each row is what a threshold does: targets of one λ are searched for together or not at all. So where many share
+    theirs, there are fewer rows than the twenty shares from 0 to .95 that are aimed at.
+    """
     assert held.evidence.belief is not None
     ratio, weight = _ratio(held, mixture.temperature, mixture.k), mixture.predicted(held.evidence.belief).double()
     return _curve(held, ratio, weight)
 
 
 def _curve(held: HeldOut, ratio: Tensor, weight: Tensor) -> list[dict[str, float]]:
-    order = weight.argsort()
+    ordered, order = weight.sort()
     gains = gain(ratio, weight)[order]
     kept = gains.flip(0).cumsum(0).flip(0)  # what remains from each place on
     total = float(held.lm_log_probs.double().sum())
-    rows = []
-    for share in _SHARES:
-        start = min(round(share * len(weight)), len(weight) - 1)
-        rows.append({"skipped": float(share), "perplexity": math.exp(-(total + float(kept[start])) / len(weight))})
-    return rows
+    aimed = (min(round(share * len(weight)), len(weight) - 1) for share in _SHARES)
+    # of equal λ the first: what stands before it is what the threshold skips
+    starts = sorted({int(torch.searchsorted(ordered, ordered[place])) for place in aimed})
+    nats = {start: -(total + float(kept[start])) / len(weight) for start in starts}
+    return [{"skipped": start / len(weight), "perplexity": perplexity(nats[start])} for start in starts]
 
 
 def judged_skipping_curve(held: HeldOut, base: KnnMixture, seed: int = 0) -> list[dict[str, float]]:

@@ -6,6 +6,7 @@ a gate over one memory whose network says zero is that memory's own mixture.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,10 +15,14 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ConfigError
-from ..evidence import Belief, Evidence, Found
+from ..evidence import LATELY, Belief, Evidence, Found
+from ..text import count
 from ._features import features
-from ._mixture import DatastoreMixture, Mix, Mixture
+from ._mixture import CACHE, DatastoreMixture, Mix, Mixture
 from ._network import Network
+
+_SPANS = (16, 64)  # tokens in which what was read counts e times less
+_MOST_MEMORIES = 16  # a target looks at the entries of all of them at once
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,23 +32,42 @@ class GateMixture(Mixture):
     Attributes:
         members: A mixture for each memory, which shares out its neighbors and says the λ that the gate corrects.
         network: From `gate_features` to the correction u, one number a memory and one for the model.
+        familiarity: log of every token's share of each datastore, float32, shape (vocabulary, datastores), from which
+            the gate sees which datastore the text is like; None where there is nothing to choose between.
 
     Raises:
-        ConfigError: The network is for another number of memories, or a member is for several.
+        ConfigError: The network is for another number of memories, these are over 16, or a member is for several.
     """
 
     kind: ClassVar[str] = "gate"
     needs_belief: ClassVar[bool] = True
     members: tuple[Mixture, ...]
     network: Network = field(repr=False)
+    familiarity: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "members", tuple(self.members))
+        table, stored = self.familiarity, sum(expected != CACHE for expected in self.expects)
+        if table is not None and (
+            table.ndim != 2
+            or not len(table)
+            or table.shape[1] != stored
+            or table.dtype != torch.float32
+            or not bool(table.isfinite().all())
+        ):
+            raise ConfigError("the gate's table of token frequencies is damaged; fit it again")
+        if len(self.members) > _MOST_MEMORIES:
+            raise ConfigError(f"a gate over {len(self.members):,} memories; expected up to {_MOST_MEMORIES}")
         if any(len(member.ks) != 1 for member in self.members) or self.network.outputs != len(self.members) + 1:
             raise ConfigError(
                 f"a gate over {len(self.members)} memories needs a member for each and a network with one output more, "
                 f"it has {self.network.outputs}; fit it again"
             )
+
+    @property
+    def needs_text(self) -> bool:  # type: ignore[override]
+        """See `Mixture.needs_text`."""
+        return self.familiarity is not None or any(member.needs_text for member in self.members)
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -57,8 +81,9 @@ class GateMixture(Mixture):
 
     def mix(self, evidence: Evidence) -> Mix:
         """See `Mixture.mix`."""
+        evidence = evidence.nearest(self.ks)
         mixes = member_mixes(self.members, evidence)
-        said = self.network(gate_features(self.members, mixes, evidence))
+        said = self.network(gate_features(self.members, mixes, evidence, self.familiarity))
         some = torch.stack([found.present.any(dim=1) for found in evidence.memories], dim=1)
         weights = gate_weights(said, own_logits(mixes), some)
         return Mix(weights, tuple(mix.log_shares[0] for mix in mixes))
@@ -66,7 +91,8 @@ class GateMixture(Mixture):
     def describe(self) -> str:
         """See `Mixture.describe`."""
         members = "; ".join(member.describe() for member in self.members)
-        return f"λ of {len(self.members)} memories by a network of {self.network.parameters:,} parameters ({members})"
+        memories = count(len(self.members), "memory", "memories")
+        return f"λ of {memories} by a network of {self.network.parameters:,} parameters ({members})"
 
 
 def gate_weights(said: Tensor, own: Tensor, some: Tensor) -> Tensor:
@@ -93,8 +119,12 @@ def member_mixes(members: tuple[Mixture, ...], evidence: Evidence) -> list[Mix]:
     return [member.mix(Evidence((found,), evidence.belief)) for member, found in pairs]
 
 
-def gate_features(members: tuple[Mixture, ...], mixes: list[Mix], evidence: Evidence) -> Tensor:
-    """Return what the network is told: of each memory its features, and the weight that its member would give it."""
+def gate_features(
+    members: tuple[Mixture, ...], mixes: list[Mix], evidence: Evidence, familiarity: Tensor | None = None
+) -> Tensor:
+    """Return what the network is told of each memory: the weight that its member would give it, its features, and with
+    a table how familiar the last tokens are to it.
+    """
     if evidence.belief is None:
         raise ConfigError("a gate looks at the model's confidence; retrieve with beliefs=True")
     columns = [own_logits(mixes)]
@@ -103,6 +133,30 @@ def gate_features(members: tuple[Mixture, ...], mixes: list[Mix], evidence: Evid
             columns.append(features(found, evidence.belief, member.temperature, member.k))
         else:
             columns.append(_cache_features(found, evidence.belief, mix.log_shares[0]))
+    if familiarity is not None:
+        columns.append(_familiar(familiarity, evidence.belief))
+    return torch.cat(columns, dim=1)
+
+
+def familiarity(statistics: Sequence[Tensor]) -> Tensor:
+    """Return log of every token's share of each datastore, every token counted once more than it is there.
+
+    Args:
+        statistics: `Datastore.statistics` of each.
+    """
+    return torch.stack([table[:, 0].double().log_softmax(dim=0).float() for table in statistics], dim=1)
+
+
+def _familiar(familiarity: Tensor, belief: Belief) -> Tensor:
+    """Return the mean log share of the last tokens, the newer counting the more, shape (n, spans · datastores)."""
+    if belief.read is None:
+        raise ConfigError("this gate looks at the tokens before; retrieve with beliefs=True")
+    ages = torch.arange(LATELY - 1, -1, -1, device=belief.read.device)
+    shares = familiarity.to(belief.read.device)[belief.read.clamp(0, len(familiarity) - 1)]  # (n, LATELY, datastores)
+    columns = []
+    for span in _SPANS:
+        weights = (-ages / span).exp() * (belief.read >= 0)  # (n, LATELY)
+        columns.append((weights[..., None] * shares).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp_min(1e-9))
     return torch.cat(columns, dim=1)
 
 

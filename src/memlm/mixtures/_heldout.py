@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -67,6 +68,11 @@ class HeldOut:
     def ratio(self, memory: Tensor) -> Tensor:
         """Return p / p_LM of every target for the memory's probabilities p, float64, shape (n,); 10³⁰ at most."""
         return (memory.double() / self.lm_log_probs.double().exp().clamp_min(1e-300)).clamp_max(1e30)
+
+
+def perplexity(nats: float) -> float:
+    """Return e to the nats a token; +inf where that is more than a float holds."""
+    return math.exp(nats) if nats < 709 else math.inf
 
 
 def spread(n: int, most: int) -> npt.NDArray[np.int64]:

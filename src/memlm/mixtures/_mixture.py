@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from .. import ops
 from ..errors import ConfigError, DatastoreMismatch
-from ..evidence import INNER_PRODUCT, SQUARED_L2, Belief, Evidence, Found
-from ..files import write_atomically, write_json
+from ..evidence import INNER_PRODUCT, MOST_ENTRIES, SQUARED_L2, Belief, Evidence, Found
+from . import _storage
 from ._network import Network
 
-TENSORS_SUFFIX = ".safetensors"  # of the file beside a mixture's JSON
 _LARGEST_NUMBER = 1e30
 CACHE = "cache"  # a memory that is none of the datastores
 _MEMORIES = {
@@ -50,6 +48,7 @@ class Mixture(ABC):
 
     kind: ClassVar[str]
     needs_belief: ClassVar[bool] = False  # whether `mix` looks at more of the model than its log probabilities
+    needs_text: ClassVar[bool] = False  # whether it looks at `Belief.read`, too
     skips: ClassVar[bool] = False  # whether `wanted` may leave searches out
 
     @property
@@ -64,16 +63,26 @@ class Mixture(ABC):
 
     @abstractmethod
     def mix(self, evidence: Evidence) -> Mix:
-        """Set the weight of every memory and the share of every neighbor."""
+        """Set the weight of every memory and the share of each of its `ks` nearest neighbors; others are left out."""
 
     @abstractmethod
     def describe(self) -> str:
         """Say in a few words how it mixes."""
 
     def check_memories(self, memories: Sequence[Any]) -> None:
-        """Raise DatastoreMismatch unless each memory given is of the kind that this mixture is for."""
-        for expected, memory in zip(self.expects, memories, strict=False):
+        """Refuse memories that this mixture is not for.
+
+        Raises:
+            DatastoreMismatch: A memory is of another kind.
+            ConfigError: A cache remembers less than the mixture looks at; of one that remembers more, the rest is left.
+        """
+        for expected, k, memory in zip(self.expects, self.ks, memories, strict=False):
             check_memory(self.kind, expected, memory)
+            if expected == CACHE and len(memory) < k:
+                raise ConfigError(
+                    f"the mixture {self.kind!r} looks at the last {k:,} tokens, but the cache remembers "
+                    f"{len(memory):,}; pass Cache({k}), or fit the mixture with the shorter cache"
+                )
 
     def wanted(self, belief: Belief) -> Tensor | None:
         """Say for which targets memories are to be searched, bool, shape (n,); None means all."""
@@ -130,23 +139,18 @@ class Mixture(ABC):
     def save(self, path: str | Path, datastores: Sequence[str] = ()) -> None:
         """Write the settings to `path` as JSON, and networks and tables, if any, beside it as .safetensors.
 
+        The JSON names the other file; the two can be moved together, and the JSON may get another name. What stood at
+        `path` stays whole until it is replaced.
+
         Args:
             path: Of the JSON file.
             datastores: `Manifest.content_sha256` of the datastores that it was fitted with, for the record.
 
         Raises:
-            ConfigError: The path is that of the tensors.
+            ConfigError: The path ends in .safetensors.
         """
-        path = Path(path)
-        if path.suffix == TENSORS_SUFFIX:
-            raise ConfigError(f"{path} would be the place of the tensors; expected another suffix, such as .json")
         values, tensors = self.parts()
-        record: dict[str, Any] = {"fitted_with": list(datastores)}
-        if tensors:
-            content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-            write_atomically(path.with_suffix(TENSORS_SUFFIX), content)
-            record["tensors_sha256"] = hashlib.sha256(content).hexdigest()  # the two files are not written in one step
-        write_json(path, {**values, **record})
+        _storage.write(Path(path), {**values, "fitted_with": list(datastores)}, tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +198,7 @@ class DatastoreMixture(Mixture):
 
     def mix(self, evidence: Evidence) -> Mix:
         """See `Mixture.mix`."""
+        evidence = evidence.nearest(self.ks)
         found = evidence.memories[0]
         shares = ops.knn_log_weights(found.distances, found.present, temperature=self.temperature)
         return Mix(self.weights(evidence)[:, None], (shares,))
@@ -227,7 +232,8 @@ def check_memory(kind: str, expected: str, memory: Any) -> None:
 
 def memory_likelihoods(log_shares: Sequence[Tensor], evidence: Evidence, targets: Tensor) -> Tensor:
     """Return p of each memory at the targets, float32, shape (n, memories); the shares are those of a `Mix`."""
-    pairs = zip(log_shares, evidence.memories, strict=True)
+    memories = evidence.nearest([shares.shape[1] for shares in log_shares]).memories
+    pairs = zip(log_shares, memories, strict=True)
     columns = [ops.knn_target_log_probs(shares, found.tokens, targets) for shares, found in pairs]
     return torch.stack(columns, dim=1).exp()
 
@@ -254,8 +260,10 @@ def check_weight(value: Any) -> None:
 
 def check_count(name: str, value: Any) -> None:
     """Raise ConfigError unless this is a number of neighbors."""
-    if not isinstance(value, Integral) or not _as_float(name, value) >= 1:
-        raise ConfigError(f"{name} is {_as_float(name, value):g}; expected a whole number of neighbors, at least 1")
+    if not isinstance(value, Integral) or not 1 <= _as_float(name, value) <= MOST_ENTRIES:
+        raise ConfigError(
+            f"{name} is {_as_float(name, value):g}; expected a whole number of neighbors, 1 to {MOST_ENTRIES:,}"
+        )
 
 
 def check_positive(name: str, value: Any, hint: str = "`memlm tune` finds one") -> None:
@@ -267,7 +275,7 @@ def check_positive(name: str, value: Any, hint: str = "`memlm tune` finds one") 
 
 def _as_float(name: str, value: Any) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}; expected a number")
+        raise ConfigError(f"{name} is {reprlib.repr(value)}; expected a number")
     try:
         return float(value)
     except OverflowError:  # a whole number of hundreds of digits

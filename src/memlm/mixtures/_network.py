@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
+# A file may ask for more than anyone fits: 64 numbers a layer, a key's width of features
+_MOST_LAYERS, _WIDEST, _MOST_FEATURES = 8, 1024, 1 << 16
+
 
 class Network:
     """Standardized features → tanh layers → outputs.
@@ -19,18 +22,27 @@ class Network:
         layers: Weight (outputs, inputs) and bias (outputs,) of each layer in turn.
 
     Raises:
-        ConfigError: Shapes do not fit one another, or a tensor is not float32, or a number is not finite.
+        ConfigError: Shapes do not fit one another or are far too large, or a tensor is not float32, or a number is not
+            finite.
     """
 
     def __init__(self, mean: Tensor, scale: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        tensors = [mean, scale, *(part for layer in layers for part in layer)]
+        if any(part.dtype != torch.float32 for part in tensors) or any(part.ndim == 0 for part in tensors):
+            raise ConfigError("the network of this mixture is damaged: its tensors are of other types; fit it again")
         width = len(mean)
         sound = mean.ndim == 1 and mean.shape == scale.shape and bool((scale > 0).all()) and bool(layers)
         for weight, bias in layers:
             sound = sound and bias.ndim == 1 and tuple(weight.shape) == (len(bias), width)
             width = len(bias)
-        tensors = [mean, scale, *(part for layer in layers for part in layer)]
-        if not sound or not all(part.dtype == torch.float32 and bool(part.isfinite().all()) for part in tensors):
+        if not sound or not all(bool(part.isfinite().all()) for part in tensors):
             raise ConfigError("the network of this mixture is damaged: its layers do not fit; fit it again")
+        widest = max(len(bias) for _, bias in layers)
+        if len(layers) > _MOST_LAYERS or widest > _WIDEST or len(mean) > _MOST_FEATURES:
+            raise ConfigError(
+                f"the network of this mixture has {len(mean):,} features and {len(layers):,} layers, {widest:,} wide; "
+                f"expected at most {_MOST_FEATURES:,}, {_MOST_LAYERS} and {_WIDEST:,}: fit it again"
+            )
         self.mean, self.scale, self.layers = mean, scale, tuple((weight, bias) for weight, bias in layers)
 
     @property

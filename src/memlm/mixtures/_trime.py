@@ -10,7 +10,7 @@ import torch
 from .. import ops
 from ..errors import ConfigError
 from ..evidence import INNER_PRODUCT, Evidence
-from ._cache import known_normalizer, log_shares
+from ._cache import known_normalizer, log_shares, past
 from ._mixture import CACHE, Mix, Mixture, check_count, check_number, check_positive, check_weight
 
 
@@ -55,7 +55,7 @@ class TrimeMixture(Mixture):
         if self.forgetting < 0:
             raise ConfigError(f"forgetting is {self.forgetting}; expected a number of at least 0")
         for name in ("length", "k"):
-            if getattr(self, name) != 0:
+            if getattr(self, name) is False or getattr(self, name) != 0:
                 check_count(name, getattr(self, name))
         if not self.length and not self.k:
             raise ConfigError("length and k are 0; expected a cache of some length, or k neighbors of a datastore")
@@ -105,8 +105,7 @@ class TrimeMixture(Mixture):
         if self.k:
             parts.append(f"k {self.k:,}")
         if self.length:
-            age = f", forgetting in {1 / self.forgetting:,.0f} tokens" if self.forgetting else ""
-            parts.append(f"last {self.length:,} tokens{age}")
+            parts.append(past(self.length, self.forgetting))
         if self.interpolation_weight:
             parts.append(f"again λ {self.interpolation_weight:.3f} at temperature {self.interpolation_temperature:.3g}")
         return ", ".join(parts)

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from ..cache import Cache
 from ..errors import ModelError
 from ..evidence import Belief, Evidence, Found
+from ..text import count
 from ._capture import Captured, capture, check_key_site, keys_of
 from ._identity import encoder_fingerprint
-from ._past import past_of
+from ._past import Past, past_of
 from ._sites import KeySite, find_decoder, find_key_site
+
+_FOUND_TOGETHER = 1 << 23  # entries, for all positions that are mixed at once
 
 
 class Datastore(Protocol):
@@ -34,6 +37,7 @@ class Mixture(Protocol):
     """What `attach` needs of a mixture."""
 
     needs_belief: Any
+    needs_text: Any
     skips: Any
 
     @property
@@ -42,7 +46,7 @@ class Mixture(Protocol):
         ...
 
     def check_memories(self, memories: Sequence[Any]) -> None:
-        """Raise unless the memories are of the kinds that the mixture is for."""
+        """Raise unless the memories are of the kinds and lengths that the mixture is for."""
         ...
 
     def wanted(self, belief: Belief) -> Tensor | None:
@@ -64,7 +68,8 @@ def attach(model: Any, memory: Any, mixture: Mixture) -> Iterator[Any]:
     restores the model bit for bit.
 
     A `Cache` remembers what was read inside the block. Its keys travel as one more layer of the model's own
-    `past_key_values`, so they follow beams and crops.
+    `past_key_values`, so they follow beams and crops. Beside a datastore it reads keys at the datastore's key site,
+    otherwise at that of the `LanguageModel` that was made of the model last, as `evaluate` does.
 
     Args:
         model: A Hugging Face causal LM: the one whose keys the datastores hold.
@@ -75,6 +80,7 @@ def attach(model: Any, memory: Any, mixture: Mixture) -> Iterator[Any]:
         The same model.
 
     Raises:
+        ConfigError: A cache remembers less than the mixture looks at.
         DatastoreMismatch: A datastore holds another model's keys, or a memory is not of the kind that the mixture is
             for.
         ModelError: A memory is attached already, the key site is not reached, or the mixture is for another number of
@@ -84,7 +90,8 @@ def attach(model: Any, memory: Any, mixture: Mixture) -> Iterator[Any]:
         raise ModelError("a memory is attached to this model already; leave that block first")
     memories = list(memory) if isinstance(memory, list | tuple) else [memory]
     if len(memories) != len(mixture.ks):
-        raise ModelError(f"the mixture is for {len(mixture.ks)} memories, {len(memories)} are given; pass one for each")
+        asked = count(len(mixture.ks), "memory", "memories")
+        raise ModelError(f"the mixture is for {asked}, {len(memories)} are given; pass one for each")
     site = _common_site(model, memories)
     mixture.check_memories(memories)
     check_key_site(model, site)
@@ -103,7 +110,7 @@ def attach(model: Any, memory: Any, mixture: Mixture) -> Iterator[Any]:
 
 
 def _common_site(model: Any, memories: list[Any]) -> KeySite:
-    """Return where all memories read keys; caches read them where the datastores do."""
+    """Return where all memories read keys: where the datastores do, or where the `LanguageModel` does."""
     sites = []
     for memory in memories:
         if not isinstance(memory, Cache):
@@ -115,7 +122,7 @@ def _common_site(model: Any, memories: list[Any]) -> KeySite:
             sites.append(KeySite(site["name"], site["path"], site["tensor"]))
     if len(set(sites)) > 1:
         raise ModelError(f"the datastores read keys at different sites: {sites}; build them with the same --key-site")
-    return sites[0] if sites else find_key_site(model, None)
+    return sites[0] if sites else getattr(model, "_memlm_site", None) or find_key_site(model, None)
 
 
 def _mix(
@@ -147,24 +154,18 @@ def _mix(
         )
     if tokens is None and (mixture.needs_belief or any(isinstance(memory, Cache) for memory in memories)):
         raise ModelError("this mixture must know which tokens the model reads; pass input_ids, not inputs_embeds")
-    flat = logits.flatten(0, 1).float()  # (n, vocabulary)
-    queries = keys.flatten(0, 1).float()
-    belief = None
-    if mixture.needs_belief and tokens is not None:
-        belief = Belief.from_logits(flat, queries, tokens[:, kept.to(tokens.device)].flatten().to(flat.device))
-    asked = mixture.wanted(belief) if mixture.skips and belief is not None else None
     past = None
-    if tokens is not None and any(isinstance(memory, Cache) for memory in memories):
+    if tokens is not None and (mixture.needs_text or any(isinstance(memory, Cache) for memory in memories)):
         past = past_of(output, kwargs, tokens, all_keys)
-    found = []
-    for memory, k in zip(memories, mixture.ks, strict=True):
-        if past is not None and isinstance(memory, Cache):
-            part = past.recall(memory, kept)
-        else:
-            part = _lookup(memory, queries, k, asked)
-        found.append(Found(*(None if item is None else item.to(flat.device) for item in part)))  # type: ignore
-    evidence = Evidence(tuple(found), belief)
-    mixed = mixture.log_probs(flat.log_softmax(dim=-1), evidence).reshape(logits.shape).to(torch.float32)
+        longest = past.keys.shape[1]  # what a cache remembers beyond this is nothing
+        memories = [Cache(min(len(item), longest)) if isinstance(item, Cache) else item for item in memories]
+    sizes = [len(item) if isinstance(item, Cache) else k for item, k in zip(memories, mixture.ks, strict=True)]
+    together = max(1, _FOUND_TOGETHER // max(1, len(logits) * sum(sizes)))
+    parts = [
+        _mixed(logits[:, some], keys[:, some], tokens, past, kept[some], memories, mixture)
+        for some in torch.arange(len(kept)).split(together)
+    ]
+    mixed = torch.cat(parts, dim=1)
     loss = None
     if labels is not None:
         items = {name: kwargs[name] for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
@@ -176,6 +177,45 @@ def _mix(
     if loss is not None:
         output.loss = loss
     return output
+
+
+def _mixed(
+    logits: Tensor,
+    keys: Tensor,
+    tokens: Tensor | None,
+    past: Past | None,
+    kept: Tensor,
+    memories: list[Any],
+    mixture: Mixture,
+) -> Tensor:
+    """Return the mixture's log probabilities at some places, float32, shape (batch, kept, vocabulary).
+
+    Args:
+        logits: There, shape (batch, kept, vocabulary).
+        keys: There, shape (batch, kept, key width).
+        tokens: That the model has read in this pass, int64, shape (batch, width).
+        past: Where caches look back.
+        kept: The places' numbers within this pass, int64, shape (kept,).
+        memories: One for each that the mixture is for.
+        mixture: How to mix.
+    """
+    flat = logits.flatten(0, 1).float()  # (n, vocabulary)
+    queries = keys.flatten(0, 1).float()
+    belief = None
+    if mixture.needs_belief and tokens is not None:
+        belief = Belief.from_logits(flat, queries, tokens[:, kept.to(tokens.device)].flatten().to(flat.device))
+        if past is not None:
+            belief = belief._replace(read=past.read(kept).to(flat.device))
+    asked = mixture.wanted(belief) if mixture.skips and belief is not None else None
+    found = []
+    for memory, k in zip(memories, mixture.ks, strict=True):
+        if past is not None and isinstance(memory, Cache):
+            part = past.recall(memory, kept)
+        else:
+            part = _lookup(memory, queries, k, asked)
+        found.append(Found(*(None if item is None else item.to(flat.device) for item in part)))  # type: ignore
+    mixed = mixture.log_probs(flat.log_softmax(dim=-1), Evidence(tuple(found), belief))
+    return mixed.reshape(logits.shape).to(torch.float32)
 
 
 def _kept(places: Tensor, logits_to_keep: int | Tensor) -> Tensor:

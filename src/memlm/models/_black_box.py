@@ -6,6 +6,8 @@ kNN-Adapter that is made for this (Huang et al. 2023, arXiv:2302.10879), work wi
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,9 +21,10 @@ from ..evidence import Belief
 from ._echo import Echo
 from ._endpoint import Endpoint
 from ._language_model import LanguageModel, ScoredBatch
-from ._token_names import TokenNames
+from ._token_names import UNKNOWN, TokenNames
 from ._windows import TokenizedDocument, WindowBatch, WindowScheme, batch_windows
 
+_ROUNDING = 1e-3  # by which a log-probability may be off
 _ENTRIES = 1 << 20  # alternatives in one answer, about: some 30 MB of JSON
 
 
@@ -38,8 +41,7 @@ class BlackBox:
 
     Tokens are sent as ids. Servers that return them as "token_id:17" (vLLM) are understood best. Others name them by
     text: by the vocabulary's own string or the decoded one. A name that several tokens share, such as "�" for a part of
-    a character, tells no id: such a token counts in confidence and entropy, but agrees with no neighbor, and of several
-    in one place all but one are lost to the rest.
+    a character, tells no id, and which of their numbers it carries may depend on the target; see `likeliest`.
 
     Args:
         url: Base of the API, such as http://localhost:8000/v1.
@@ -66,8 +68,10 @@ class BlackBox:
         timeout: float = 120.0,
         retries: int = 4,
     ) -> None:
-        if top < 1:
-            raise ConfigError(f"top is {top}; expected at least 1 log-probability a token")
+        if type(top) is not int or not 1 <= top <= _ENTRIES:
+            raise ConfigError(
+                f"top is {reprlib.repr(top)}; expected a whole number of log-probabilities a token, 1 to {_ENTRIES:,}"
+            )
         self.endpoint = Endpoint(url, model, api_key, timeout, retries)
         self.encoder = encoder
         self.name = model
@@ -114,15 +118,17 @@ class BlackBox:
             log_probs = torch.tensor([echo.log_probs[place] for echo, place in places], dtype=torch.float32)
             belief = None
             if beliefs:
-                tops = [echo.top[place] for echo, place in places]
-                confidence, entropy = rest_bucket([list(top.values()) for top in tops], self.top)
+                known = [
+                    likeliest(echo.top[place], echo.tokens[place], self._names, self.top) for echo, place in places
+                ]
+                confidence, entropy = rest_bucket([list(ids.values()) for ids in known], self.top)
                 belief = Belief(
                     keys=keys.float().cpu(),
                     last=batch.input_ids[batch.scored],
-                    top=torch.tensor([self._names[max(top, key=top.__getitem__)] for top in tops]),
+                    top=torch.tensor([max(ids, key=ids.__getitem__, default=UNKNOWN) for ids in known]),
                     confidence=torch.from_numpy(confidence).float(),
                     entropy=torch.from_numpy(entropy).float(),
-                    normalizer=torch.full((len(tops),), torch.nan),
+                    normalizer=torch.full((len(known),), torch.nan),
                 )
             yield ScoredBatch(batch.rows, batch.targets, log_probs, keys, belief)
 
@@ -138,25 +144,55 @@ class BlackBox:
         return f"BlackBox({self.endpoint.url!r}, {self.name!r}, keys from {self.encoder.name!r})"
 
 
+def likeliest(told: dict[str, float], target: str, names: TokenNames, top: int) -> dict[int, float]:
+    """Return what is known of the most likely tokens, whatever the target is: λ is made of it.
+
+    A server tells its `top` most likely tokens and the target. Where each has a name of its own, these are known, and
+    the target is left out if it is one more. Names that several tokens share hide tokens: then it cannot be told
+    whether the target is among the most likely, nor whose number such a name carries. What is certain all the same are
+    tokens of unique name that are more likely than 1 / (top + 1), because those outside the top are not.
+
+    Args:
+        told: Log-probabilities by name.
+        target: Name of the target.
+        names: The encoder's names.
+        top: Tokens asked for.
+
+    Returns:
+        Log-probabilities by id, at most `top`; none where nothing is certain.
+    """
+    rest = dict(told)
+    if len(rest) > top and rest.get(target, math.inf) <= min(rest.values()):
+        del rest[target]
+    known = {names[name]: value for name, value in rest.items()}
+    if UNKNOWN not in known:
+        return dict(sorted(known.items(), key=lambda item: -item[1])[:top])
+    everything = top >= len(names.tokenizer)  # no token is outside
+    least = -math.inf if everything else -math.log(top + 1) + _ROUNDING
+    return {number: value for number, value in known.items() if number != UNKNOWN and value > least}
+
+
 def rest_bucket(log_probs: list[list[float]], top: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return confidence and entropy, in nats, of distributions of which only the likeliest outcomes are known.
 
     All that is not among the `top` likeliest counts as one outcome.
 
     Args:
-        log_probs: One list a row, at least one number each, in any order.
+        log_probs: One list a row, in any order.
         top: Outcomes that count by themselves.
 
     Returns:
-        Log-probability of the likeliest outcome and −Σ p log p, float64, shape (rows,) each.
+        Log-probability of the likeliest outcome and −Σ p log p, float64, shape (rows,) each. Of a row without numbers
+        the former is log(1 / (top + 1)), the most that an outcome outside the top can have.
     """
     kept = [sorted(row, reverse=True)[:top] for row in log_probs]
-    table = np.full((len(kept), max(map(len, kept))), -np.inf)
+    table = np.full((len(kept), max([1, *map(len, kept)])), -np.inf)
     for line, row in zip(table, kept, strict=True):
         line[: len(row)] = row
     rest = np.clip(1 - np.exp(table).sum(axis=1, keepdims=True), 0, None)
     probs = np.concatenate([np.exp(table), rest], axis=1)
-    return table[:, 0], -(probs * np.log(np.where(probs > 0, probs, 1))).sum(axis=1)
+    confidence = np.where(np.isinf(table[:, 0]), -math.log(top + 1), table[:, 0])
+    return confidence, -(probs * np.log(np.where(probs > 0, probs, 1))).sum(axis=1)
 
 
 def _prompts(batch: WindowBatch) -> list[list[int]]:

@@ -11,6 +11,8 @@ from ._token_names import TokenNames
 
 _LISTS = ("tokens", "token_logprobs", "top_logprobs")
 _TOLERANCE = 0.01  # by which a server's numbers may contradict each other
+_ROUNDING = 1e-3  # by which a log-probability may be above 0
+_LOWEST = -1e5  # of what a server may say; many say −9999 for what is impossible
 
 
 class Echo(NamedTuple):
@@ -57,16 +59,19 @@ def read_echo(choice: dict[str, Any], ids: list[int], names: TokenNames, top: in
     rows = [item.values() if isinstance(item, dict) else [None] for item in tops]
     if not all(map(_is_log_prob, chain(log_probs, *rows))) or not all(isinstance(token, str) for token in tokens):
         raise EndpointError(
-            "gives something else than a log-probability behind a prompt's first token; expected numbers up to 0"
+            "gives something else than a log-probability behind a prompt's first token; expected numbers from "
+            f"{_LOWEST:,.0f} to 0"
         )
-    echo = Echo(tokens, [math.nan, *log_probs], [{}, *tops])
+    tops = [{name: min(value, 0.0) for name, value in row.items()} for row in tops]
+    echo = Echo(tokens, [math.nan, *(min(value, 0.0) for value in log_probs)], [{}, *tops])
     _check_numbers(echo, _check_names(echo, ids, names))
     _check_count(echo, names, top)
     return echo
 
 
 def _is_log_prob(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value <= 1e-3  # NaN is not
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and _LOWEST <= value <= _ROUNDING  # NaN is not
 
 
 def _check_names(echo: Echo, ids: list[int], names: TokenNames) -> list[int]:
@@ -77,10 +82,10 @@ def _check_names(echo: Echo, ids: list[int], names: TokenNames) -> list[int]:
     # how a server writes a token as text can depend on what stands before it, so a few may differ
     if len(wrong) > (0 if all(map(names.is_id, echo.tokens)) else len(known) // 2):
         place = wrong[0]
-        own = names.tokenizer.convert_ids_to_tokens(ids[place])
+        own, told = names.tokenizer.convert_ids_to_tokens(ids[place]), echo.tokens[place][:40]
         raise EndpointError(
-            f"calls token {place} of a window {echo.tokens[place]!r}, where {ids[place]} was sent, which is {own!r} to "
-            "the encoder; expected a model with the same tokenizer, and positions that are not shifted"
+            f"calls token {place} of a window {told!r}, where {ids[place]} was sent, which is {own!r} to the encoder; "
+            "expected a model with the same tokenizer, and positions that are not shifted"
         )
     return named
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from contextlib import suppress
 from http.client import HTTPException, IncompleteRead
@@ -28,6 +29,9 @@ _HINTS = {
     403: "set OPENAI_API_KEY, or pass api_key",
     404: "check the model's name, and that the URL is the base of the API, such as http://localhost:8000/v1",
 }
+_LONGEST_ANSWER = 1 << 28  # bytes; some 30 MB are asked for
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?")  # a name or an address
+_LONGEST_TIMEOUT = 86_400  # seconds
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between two attempts
 
 
@@ -50,11 +54,14 @@ class Endpoint:
         if not _is_base(url):
             # it is not shown: what is wrong with it may be a password in it
             raise ConfigError(
-                "the endpoint's URL is not of the form http[s]://host[:port]/path, without name, password and query; "
-                "expected something like http://localhost:8000/v1 (an API key goes into OPENAI_API_KEY)"
+                "the endpoint's URL is not of the form http[s]://host[:port]/path, in ASCII and without name, password "
+                "and query; expected something like http://localhost:8000/v1 (an API key goes into OPENAI_API_KEY)"
             )
-        if timeout <= 0 or retries < 0:
-            raise ConfigError(f"timeout {timeout} and retries {retries}: expected more than 0 and at least 0")
+        if not 0 < timeout <= _LONGEST_TIMEOUT or type(retries) is not int or retries < 0:
+            raise ConfigError(
+                f"timeout {timeout} and retries {retries}: expected more than 0, up to {_LONGEST_TIMEOUT:,} seconds, "
+                "and a whole number from 0 on"
+            )
         self.url, self.model, self.timeout, self.retries = url.rstrip("/"), model, timeout, retries
         self._key = (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
         if not (self._key.isascii() and self._key.isprintable()):
@@ -81,7 +88,10 @@ class Endpoint:
             raise self.error('answers JSON without a list of "choices"; expected that of an OpenAI completion')
         if len(choices) != len(prompts):
             raise self.error(f"gives {len(choices)} choices for {len(prompts)} prompts; expected one for each")
-        if all(isinstance(choice.get("index"), int) for choice in choices):
+        numbers = [choice.get("index") for choice in choices]
+        if any(number is not None for number in numbers):
+            if not all(type(number) is int for number in numbers) or sorted(numbers) != list(range(len(prompts))):
+                raise self.error("numbers its choices otherwise than from 0 on; expected an index for each prompt")
             choices = sorted(choices, key=lambda choice: choice["index"])
         try:
             return [read_echo(choice, ids, names, top) for choice, ids in zip(choices, prompts, strict=True)]
@@ -104,7 +114,7 @@ class Endpoint:
             try:
                 request = Request(f"{self.url}/completions", data, headers)  # noqa: S310  (http or https alone)
                 with self._opener.open(request, timeout=self.timeout) as response:
-                    text = response.read()
+                    text = response.read(_LONGEST_ANSWER + 1)
                 break
             except HTTPError as error:
                 said = self._said(error)
@@ -118,7 +128,7 @@ class Endpoint:
                     raise self.error(f"answers {error.code} ({said[:300] or error.reason}); {hint}") from error
                 with suppress(TypeError, ValueError):
                     wait = min(max(0.0, float(error.headers["Retry-After"])), _LONGEST_WAIT)
-            except (URLError, HTTPException, OSError) as error:
+            except (URLError, HTTPException, OSError, UnicodeError) as error:
                 cause = getattr(error, "reason", error)
                 if not isinstance(cause, _TRANSIENT_ERRORS) or attempt >= self.retries:
                     reason = f"no answer in {self.timeout:g} seconds" if isinstance(cause, TimeoutError) else cause
@@ -128,9 +138,11 @@ class Endpoint:
                     ) from error
             attempt += 1
             time.sleep(wait)
+        if len(text) > _LONGEST_ANSWER:
+            raise self.error(f"answers more than {_LONGEST_ANSWER:,} bytes; check the URL")
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             start = self._hidden(text[:80].decode(errors="replace"))
             raise self.error(f"answers something else than JSON ({start!r}); check the URL") from error
 
@@ -140,7 +152,7 @@ class Endpoint:
         with error, suppress(OSError, HTTPException):
             text = error.read(1 << 16)
         message: Any = text.decode(errors="replace")
-        with suppress(ValueError, AttributeError):
+        with suppress(ValueError, AttributeError, RecursionError):
             told = json.loads(message)
             inner = told.get("error")
             message = (inner.get("message") if isinstance(inner, dict) else inner) or told.get("message")
@@ -157,12 +169,13 @@ class Endpoint:
 def _is_base(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        host = parts.port != 0 and parts.hostname
-    except ValueError:
+        host = "" if parts.port == 0 else (parts.hostname or "").encode("idna").decode()
+    except ValueError:  # also of a name with an empty part, or one that is too long
         return False
-    return (
-        parts.scheme in ("http", "https") and bool(host) and not ("@" in parts.netloc or parts.query or parts.fragment)
-    )
+    plain = parts.scheme in ("http", "https") and not ("@" in parts.netloc or parts.query or parts.fragment)
+    # what urlsplit lets pass, or leaves out, and no request can carry
+    sendable = url.isascii() and url.isprintable() and " " not in url
+    return plain and sendable and _HOST.fullmatch(host) is not None
 
 
 class _NoRedirects(HTTPRedirectHandler):

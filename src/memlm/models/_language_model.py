@@ -68,7 +68,7 @@ class LanguageModel:
     """Any Hugging Face causal LM, as memlm uses it.
 
     Args:
-        model: The model, in evaluation mode; it is not changed.
+        model: The model, in evaluation mode; it is not changed, but for a note of the key site, for `attach`.
         tokenizer: Its fast tokenizer.
         name: What to call it in messages and manifests.
         key_site: See `find_key_site`.
@@ -92,6 +92,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.site: KeySite = find_key_site(model, key_site)
+        model._memlm_site = self.site  # where `attach`, which sees the model alone, lets a cache read keys
         self.positions = _positions(model)
         width = min(1024, self.positions)
         context = width // 4 if context is None else context
@@ -186,7 +187,7 @@ class LanguageModel:
             if beliefs:
                 at_scored = output.logits[scored[:, kept]].float()
                 found = Belief.from_logits(at_scored, keys[scored].float(), batch.input_ids[batch.scored])
-                belief = Belief(*(part.cpu() for part in found))
+                belief = Belief(*(part.cpu() for part in found if part is not None))
             yield ScoredBatch(batch.rows, batch.targets, log_probs.cpu(), keys[scored], belief)
 
     def _check_mode(self) -> None:

@@ -1,4 +1,4 @@
-"""What a model has read so far, for caches: keys and tokens that travel with its own `past_key_values`."""
+"""What a model has read so far, for caches and gates: keys and tokens that travel with its own `past_key_values`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..cache import Cache
 from ..errors import ModelError
-from ..evidence import Found
+from ..evidence import Found, read_lately
 
 
 class _MemoryLayer(DynamicLayer):
@@ -38,13 +38,19 @@ class Past(NamedTuple):
 
     def recall(self, cache: Cache, kept: Tensor) -> Found:
         """Let the kept places (numbers within this pass, int64, shape (kept,)) of every row look back."""
-        first = int(kept.min())
+        first, stop = int(kept.min()), int(kept.max()) + 1
         rows = [
-            cache.recall(self.keys[row], self.tokens[row], self.before + first, known=self.known[row])
+            cache.recall(self.keys[row], self.tokens[row], self.before + first, self.before + stop, self.known[row])
             for row in range(len(self.keys))
         ]
         places = (kept - first).to(self.keys.device)
         return Found(*(torch.cat([part[places] for part in parts]) for parts in zip(*rows, strict=True)))  # type: ignore
+
+    def read(self, kept: Tensor) -> Tensor:
+        """Return the last tokens that were read at the kept places of every row; see `Belief.read`."""
+        texts = self.tokens.masked_fill(~self.known, -1)
+        places = kept.to(texts.device) + self.before
+        return torch.cat([read_lately(text, places) for text in texts])
 
 
 def past_of(output: Any, kwargs: dict[str, Any], tokens: Tensor, keys: Tensor) -> Past:

@@ -7,6 +7,7 @@ from typing import Any
 
 UNKNOWN = -1  # the id of a token that its name does not tell
 _PREFIX = "token_id:"
+_DIGITS = 10  # more than any id has
 
 
 class TokenNames:
@@ -20,14 +21,16 @@ class TokenNames:
         self.tokenizer = tokenizer
 
     def __getitem__(self, name: str) -> int:
-        """Return the id, or `UNKNOWN`."""
+        """Return the id, or `UNKNOWN`; one that no tokenizer has stands for all such."""
         if self.is_id(name):
-            return int(name.removeprefix(_PREFIX))
+            digits = name.removeprefix(_PREFIX).lstrip("0")
+            return int(digits or "0") if len(digits) < _DIGITS else 10**_DIGITS
         return self._table.get(name, UNKNOWN)
 
     def is_id(self, name: str) -> bool:
         """Say whether a name is an id."""
-        return name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdecimal()
+        digits = name.removeprefix(_PREFIX)
+        return name.startswith(_PREFIX) and digits.isascii() and digits.isdecimal()
 
     @cached_property
     def _table(self) -> dict[str, int]:

@@ -7,27 +7,41 @@ from ._memories import Local as Local
 from ._memories import LongTerm as LongTerm
 from ._memories import Places as Places
 from ._memories import TrainingMemory as TrainingMemory
+from ._recipe import ModelShape as ModelShape
 from ._recipe import Recipe as Recipe
 from ._recipe import load_recipe as load_recipe
 from ._segments import Segments as Segments
 from ._segments import bm25_segments as bm25_segments
 from ._segments import consecutive_segments as consecutive_segments
+from ._train_trime import train_trime as train_trime
 from ._trainer import TrimeTrainer as TrimeTrainer
 from ._trime import TrimeLoss as TrimeLoss
+from ._trime_recipe import Batches as Batches
+from ._trime_recipe import MemorySettings as MemorySettings
+from ._trime_recipe import TrimeRecipe as TrimeRecipe
+from ._trime_recipe import TrimeSchedule as TrimeSchedule
+from ._trime_recipe import load_trime_recipe as load_trime_recipe
 
 __all__ = [
+    "Batches",
     "External",
     "Local",
     "LongTerm",
+    "MemorySettings",
+    "ModelShape",
     "Places",
     "Recipe",
     "Segments",
     "TrainingMemory",
     "TrimeLoss",
+    "TrimeRecipe",
+    "TrimeSchedule",
     "TrimeTrainer",
     "bm25_chain",
     "bm25_segments",
     "consecutive_segments",
     "load_recipe",
+    "load_trime_recipe",
     "train_language_model",
+    "train_trime",
 ]

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ..progress import progress
+
+_QUERIES = 256  # searched for at once
+
 
 def bm25_chain(
     segments: Sequence[npt.NDArray[np.integer]],
@@ -14,6 +18,7 @@ def bm25_chain(
     hits: int = 20,
     seed: int = 0,
     groups: npt.NDArray[np.integer] | None = None,
+    show_progress: bool = False,
 ) -> npt.NDArray[np.int64]:
     """Order segments so that each is followed by one that is like it.
 
@@ -26,12 +31,13 @@ def bm25_chain(
         seed: Of the random choices.
         groups: Number of the group of each segment, such as its document, shape (segments,): the next one is of another
             group than the last. None groups nothing.
+        show_progress: Show rate and time left on stderr.
 
     Returns:
         Every number from 0 to the number of segments once, int64, shape (segments,).
     """
     count = len(segments)
-    near = _nearest(segments, min(hits + 1, count))  # the best hit of a segment is itself
+    near = _nearest(segments, min(hits + 1, count), show_progress)  # the best hit of a segment is itself
     generator = np.random.default_rng(seed)
     unused = np.ones(count, bool)
     spare = iter(generator.permutation(count).tolist())  # in which order random ones are taken
@@ -46,7 +52,7 @@ def bm25_chain(
     return chain
 
 
-def _nearest(segments: Sequence[npt.NDArray[np.integer]], k: int) -> npt.NDArray[np.int32]:
+def _nearest(segments: Sequence[npt.NDArray[np.integer]], k: int, show: bool) -> npt.NDArray[np.int32]:
     """Return the k best hits of every segment, best first, shape (segments, k)."""
     import bm25s
 
@@ -55,4 +61,10 @@ def _nearest(segments: Sequence[npt.NDArray[np.integer]], k: int) -> npt.NDArray
     index = bm25s.BM25(backend="numpy")  # compiling for numba takes longer than it saves below some 20,000 segments
     index.index((ids, {str(token): number for number, token in enumerate(tokens)}), show_progress=False)
     terms = [sorted(set(segment)) for segment in ids]
-    return index.retrieve(terms, k=k, return_as="documents", show_progress=False)
+    found = []
+    with progress("ordering by BM25", len(terms), "segments", show=show) as advance:
+        for first in range(0, len(terms), _QUERIES):
+            some = terms[first : first + _QUERIES]
+            found.append(index.retrieve(some, k=k, return_as="documents", show_progress=False))
+            advance(len(some))
+    return np.concatenate(found)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ._recipe import Recipe
+from ._trime_recipe import TrimeRecipe
 
 
 def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
@@ -61,6 +62,45 @@ Validation, on 64 blocks spread over each corpus:
 
 ![loss](losses.png)
 
-Made by `memlm train-lm`.
+Made by `memlm train lm`.
+"""
+    )
+
+
+def write_trime_card(path: Path, recipe: TrimeRecipe, summary: dict[str, Any]) -> None:
+    """Write the card of a model trained with memory, in Markdown."""
+    kinds, batches = recipe.memory.kinds, recipe.batches
+    start = "from scratch" if recipe.from_ is None else f"from {Path(recipe.from_).name}"
+    seen = f"with {', '.join(kinds)} memory (TRIME, Zhong et al. 2022)" if kinds else "without memory"
+    valid = "\n".join(
+        f"| {name} | {row['perplexity']:.2f} | {row['perplexity_without_memory']:.2f} |"
+        for name, row in summary["valid"].items()
+    )
+    streams, rows = batches.layout
+    path.write_text(
+        f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# A language model trained {seen}
+
+| | |
+|---|---|
+| start | {start} |
+| parameters | {summary["parameters"]:,} |
+| batches | {batches.order}, {streams} × {rows} segments of {batches.length} tokens |
+| training | {summary["steps"]:,} steps, {summary["tokens"]:,} tokens; AdamW, seed {recipe.schedule.seed} |
+| data | {", ".join(Path(item).name for item in recipe.train)} |
+| license of the data | {recipe.license} |
+
+Perplexity a token on validation text; the memory of a token is what its batch shows.
+
+| text | with memory | without |
+|---|---|---|
+{valid}
+
+It loads with `from_pretrained`. Its memory comes from memlm: `memlm tune MODEL none valid/ --mixture trime`.
+
+Made by `memlm train trime`.
 """
     )

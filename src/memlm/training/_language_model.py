@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,17 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from ..documents import Corpus
 from ..errors import ConfigError
-from ..files import atomic_writer, write_atomically, write_json
+from ..files import atomic_writer, write_json
 from ..progress import progress
 from ._card import plot_losses, write_card
 from ._recipe import Recipe, Schedule
-
-END_OF_TEXT = "<|endoftext|>"
+from ._run import check_recipe, cut_log, file_names, published, relative_rate
+from ._scratch import llama_config, train_tokenizer
 
 
 def train_language_model(recipe: Recipe, output: str | Path, *, show_progress: bool = True) -> dict[str, Any]:
@@ -44,11 +42,15 @@ def train_language_model(recipe: Recipe, output: str | Path, *, show_progress: b
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    _bind_to_recipe(recipe, output)
-    tokenizer = _tokenizer(recipe, output / "tokenizer")
+    described = {"method": "lm"} | dataclasses.asdict(recipe)
+    check_recipe(described, ["method", "train", "valid", "model"], output)  # the schedule's length may change
+    write_json(output / "recipe.json", described)
+    tokenizer = train_tokenizer(recipe.model, recipe.train, output / "tokenizer")
     train = _tokens(recipe.train, tokenizer, output / "train.npy", show_progress)
-    valid = {Path(path).name.split(".")[0]: _tokens([path], tokenizer, output / f"valid-{number}.npy", show_progress)
-             for number, path in enumerate(recipe.valid)}  # fmt: skip
+    valid = {
+        name: _tokens([path], tokenizer, output / f"valid-{number}.npy", show_progress)
+        for number, (name, path) in enumerate(zip(file_names(recipe.valid), recipe.valid, strict=True))
+    }
     schedule = recipe.schedule
     for name, (tokens, _) in {"train": train, **valid}.items():
         if len(tokens) <= schedule.block:
@@ -57,17 +59,17 @@ def train_language_model(recipe: Recipe, output: str | Path, *, show_progress: b
             )
 
     torch.manual_seed(schedule.seed)
-    model = LlamaForCausalLM(_config(recipe, tokenizer))
+    model = LlamaForCausalLM(llama_config(recipe.model, tokenizer))
     optimizers = _optimizers(model, schedule)
     loss_of = _loss_function(model, schedule)
     first = _load_checkpoint(output / "checkpoint.pt", model, optimizers)
-    _cut_log(output / "losses.jsonl", first)
+    cut_log(output / "losses.jsonl", first)
     valid_losses: dict[str, float] = {}
     tokens_a_step = schedule.batch * schedule.block
     with progress("training", (schedule.steps - first) * tokens_a_step, show=show_progress) as advance:
         for step in range(first, schedule.steps):
             started = time.perf_counter()
-            rate = _rate(step, schedule)
+            rate = relative_rate(step, schedule.steps, schedule.warmup_steps, schedule.decay_fraction)
             loss = _step(loss_of, _batch(train[0], step, schedule), optimizers, rate, schedule)
             row: dict[str, Any] = {"step": step + 1, "tokens": (step + 1) * tokens_a_step, "loss": loss, "rate": rate}
             row["tokens_per_second"] = tokens_a_step / (time.perf_counter() - started)
@@ -98,44 +100,6 @@ def train_language_model(recipe: Recipe, output: str | Path, *, show_progress: b
     return summary
 
 
-def _bind_to_recipe(recipe: Recipe, output: Path) -> None:
-    """Refuse to continue a run with another model or other data; the schedule's length may change."""
-    path = output / "recipe.json"
-    described = dataclasses.asdict(recipe)
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("train", "valid", "model"):
-            if before[key] != described[key]:
-                raise ConfigError(f"{output} holds a run with {key} = {before[key]}; expected the same or a new folder")
-    write_json(path, described)
-
-
-def _tokenizer(recipe: Recipe, path: Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with one special token, which begins and ends every document."""
-    if not path.exists():
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B", special_tokens=[(END_OF_TEXT, 0)]
-        )
-        trainer = trainers.BpeTrainer(
-            vocab_size=recipe.model.vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator((document.text for document in Corpus(recipe.train)), trainer)
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-        fast.model_max_length = recipe.model.max_position_embeddings
-        staging = path.with_name("tokenizer.tmp")
-        fast.save_pretrained(staging)
-        staging.rename(path)
-    return PreTrainedTokenizerFast.from_pretrained(path)
-
-
 def _tokens(paths: list[str], tokenizer: Any, cache: Path, show: bool) -> tuple[np.ndarray, int]:
     """Return all documents as one stream of ids, an end-of-text before each, and the bytes of text in it."""
     if not cache.exists():
@@ -152,16 +116,6 @@ def _tokens(paths: list[str], tokenizer: Any, cache: Path, show: bool) -> tuple[
         with atomic_writer(cache) as file:
             np.save(file, np.concatenate(pieces))
     return np.load(cache, mmap_mode="r"), json.loads(cache.with_suffix(".json").read_text(encoding="utf-8"))["bytes"]
-
-
-def _config(recipe: Recipe, tokenizer: Any) -> LlamaConfig:
-    return LlamaConfig(
-        **dataclasses.asdict(recipe.model),
-        num_key_value_heads=recipe.model.num_attention_heads,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
 
 
 def _optimizers(model: LlamaForCausalLM, schedule: Schedule) -> list[torch.optim.Optimizer]:
@@ -183,13 +137,6 @@ def _loss_function(model: LlamaForCausalLM, schedule: Schedule) -> Callable[[tor
         return F.cross_entropy(logits.flatten(0, 1).float(), block[:, 1:].flatten())
 
     return torch.compile(loss) if schedule.compile else loss
-
-
-def _rate(step: int, schedule: Schedule) -> float:
-    """Share of the peak learning rate at a step: up, flat, down to zero."""
-    warm = min(1.0, (step + 1) / schedule.warmup_steps)
-    remaining = (schedule.steps - step) / max(1.0, schedule.decay_fraction * schedule.steps)
-    return min(warm, remaining, 1.0)
 
 
 def _batch(tokens: np.ndarray, step: int, schedule: Schedule) -> torch.Tensor:
@@ -248,17 +195,6 @@ def _save_checkpoint(path: Path, model: Any, optimizers: list[torch.optim.Optimi
         torch.save(state, file)
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Drop the losses of steps after the checkpoint: they will be taken again. A line may be broken by a kill."""
-    rows: dict[int, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows[json.loads(line)["step"]] = line
-        except json.JSONDecodeError:
-            continue
-    write_atomically(path, "".join(f"{rows[number]}\n" for number in sorted(rows) if number <= step))
-
-
 def _load_checkpoint(path: Path, model: Any, optimizers: list[torch.optim.Optimizer]) -> int:
     if not path.exists():
         return 0
@@ -271,14 +207,11 @@ def _load_checkpoint(path: Path, model: Any, optimizers: list[torch.optim.Optimi
 
 def _publish(model: Any, tokenizer: Any, recipe: Recipe, summary: dict[str, Any], output: Path) -> None:
     """Write the model in bfloat16 with its card, in one step."""
-    staging = output / "model.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
     plain = LlamaForCausalLM(model.config)
     plain.load_state_dict(model.state_dict())
-    plain.bfloat16().save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
     rows = [json.loads(line) for line in (output / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
-    plot_losses(rows, staging / "losses.png")
-    write_card(staging / "README.md", recipe, summary)
-    shutil.rmtree(output / "model", ignore_errors=True)
-    staging.rename(output / "model")
+    with published(output / "model") as folder:
+        plain.bfloat16().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        plot_losses(rows, folder / "losses.png")
+        write_card(folder / "README.md", recipe, summary)

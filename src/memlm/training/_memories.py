@@ -30,17 +30,16 @@ class Places(NamedTuple):
     documents: Tensor
     positions: Tensor
 
-    @property
-    def in_own_segment(self) -> Tensor:
-        """Whether two targets are of one segment, bool, shape (n, n)."""
-        return self.segments[:, None] == self.segments
+    def rows(self, rows: slice) -> Places:
+        """Return some of the places."""
+        return Places(*(part[rows] for part in self))
 
 
 class TrainingMemory(Protocol):
     """Says what may be seen."""
 
-    def visible(self, places: Places) -> Tensor:
-        """Return whether the target in row i may see the entry in column j, bool, shape (n, n)."""
+    def visible(self, queries: Places, entries: Places) -> Tensor:
+        """Return whether the target in row i may see the entry in column j, bool, shape (q, n)."""
         ...
 
 
@@ -48,19 +47,19 @@ class TrainingMemory(Protocol):
 class Local:
     """Earlier positions of the same segment."""
 
-    def visible(self, places: Places) -> Tensor:
+    def visible(self, queries: Places, entries: Places) -> Tensor:
         """Return what each target may see; see `TrainingMemory`."""
-        return places.in_own_segment & _is_earlier(places)
+        return _in_own_segment(queries, entries) & _is_earlier(queries, entries)
 
 
 @dataclass(frozen=True)
 class LongTerm:
     """Earlier segments of the same document, as far as they are in the batch; see `consecutive_segments`."""
 
-    def visible(self, places: Places) -> Tensor:
+    def visible(self, queries: Places, entries: Places) -> Tensor:
         """Return what each target may see; see `TrainingMemory`."""
-        in_document = places.documents[:, None] == places.documents
-        return in_document & ~places.in_own_segment & _is_earlier(places)
+        in_document = queries.documents[:, None] == entries.documents
+        return in_document & ~_in_own_segment(queries, entries) & _is_earlier(queries, entries)
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,11 @@ class External:
         if not 0 <= self.drop_own <= 1:
             raise ConfigError(f"drop_own is {self.drop_own}; expected a share between 0 and 1")
 
-    def visible(self, places: Places) -> Tensor:
+    def visible(self, queries: Places, entries: Places) -> Tensor:
         """Return what each target may see; see `TrainingMemory`."""
         if self.own_document:
-            return ~places.in_own_segment
-        return places.documents[:, None] != places.documents
+            return ~_in_own_segment(queries, entries)
+        return queries.documents[:, None] != entries.documents
 
     def drops(self, segments: Tensor, draw: tuple[int, int]) -> Tensor:
         """Return whether the segment of each target may not look at itself, bool, shape (n,).
@@ -106,26 +105,46 @@ class External:
         return torch.tensor(drawn, dtype=torch.bool, device=segments.device)[where]
 
 
-def visible(memories: Sequence[TrainingMemory], places: Places, draw: tuple[int, int] | None = None) -> Tensor:
-    """Return what each target of a batch may see of the batch: the union of the memories.
+def drops(memories: Sequence[TrainingMemory], segments: Tensor, draw: tuple[int, int] | None) -> Tensor | None:
+    """Return whether the segment of each target may not look at itself, bool, shape (n,); None where all may.
+
+    Args:
+        memories: As for `visible`.
+        segments: Number of the segment of each target, int64, shape (n,).
+        draw: Seed and number of the update; None, as in evaluation, drops nothing.
+    """
+    external = [memory for memory in memories if isinstance(memory, External)]
+    if draw is None or not external:
+        return None
+    return torch.stack([memory.drops(segments, draw) for memory in external]).any(dim=0)
+
+
+def visible(
+    memories: Sequence[TrainingMemory], queries: Places, entries: Places, dropped: Tensor | None = None
+) -> Tensor:
+    """Return what targets may see of a batch: the union of the memories.
 
     Args:
         memories: Any number; without one there is nothing to see.
-        places: Where the n targets stand.
-        draw: Seed and number of the update, for `External.drop_own`; None, as in evaluation, drops nothing.
+        queries: Where q targets stand.
+        entries: Where the n entries stand.
+        dropped: Whether the segment of each target may not look at itself, bool, shape (q,); see `drops`.
 
     Returns:
-        Bool, shape (n, n): True where the target in row i may see the entry in column j.
+        Bool, shape (q, n): True where the target in row i may see the entry in column j.
     """
-    count = len(places.positions)
-    allowed = torch.zeros((count, count), dtype=torch.bool, device=places.positions.device)
+    shape = len(queries.positions), len(entries.positions)
+    allowed = torch.zeros(shape, dtype=torch.bool, device=entries.positions.device)
     for memory in memories:
-        allowed |= memory.visible(places)
-    for memory in memories:
-        if isinstance(memory, External) and draw is not None:
-            allowed &= ~(memory.drops(places.segments, draw)[:, None] & places.in_own_segment)
+        allowed |= memory.visible(queries, entries)
+    if dropped is not None:
+        allowed &= ~(dropped[:, None] & _in_own_segment(queries, entries))
     return allowed
 
 
-def _is_earlier(places: Places) -> Tensor:
-    return places.positions < places.positions[:, None]
+def _in_own_segment(queries: Places, entries: Places) -> Tensor:
+    return queries.segments[:, None] == entries.segments
+
+
+def _is_earlier(queries: Places, entries: Places) -> Tensor:
+    return entries.positions < queries.positions[:, None]

@@ -1,10 +1,12 @@
-"""Recipes for training a small language model, read from TOML and checked."""
+"""Recipes: tables of TOML that become dataclasses, checked; and the one for training a small language model."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from ..errors import ConfigError
 
 # What TOML may give for a field of a type; `type` and not `isinstance`, for which true is a whole number.
 _TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "list[str]": (list,)}
+_TYPES |= {f"{name} | None": _TYPES[name] for name in ("int", "float", "str")}  # None where nothing is given
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +95,11 @@ class Recipe:
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe from TOML; unknown keys are an error, and paths are relative to the file."""
+    return build(Recipe, read_table(path), str(path), {"model": ModelShape, "schedule": Schedule})
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """Read TOML; `train` and `valid` become paths that are relative to where the program runs."""
     path = Path(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -102,23 +110,37 @@ def load_recipe(path: str | Path) -> Recipe:
     for split in ("train", "valid"):
         if isinstance(table.get(split), list):
             table[split] = [str(path.parent / str(name)) for name in table[split]]
-    nested = {"model": ModelShape, "schedule": Schedule}
-    values = {key: _build(nested[key], value, key) if key in nested else value for key, value in table.items()}
-    return _build(Recipe, values, str(path))
+    return table
 
 
-def _build(kind: Any, values: Any, where: str) -> Any:
+def build(kind: Any, values: Any, where: str, tables: Mapping[str, Any] | None = None) -> Any:
+    """Make a dataclass of a table.
+
+    Args:
+        kind: The dataclass. A field that would be a Python keyword ends in `_`, which its key leaves out.
+        values: The table.
+        where: Its name, for messages.
+        tables: Key → dataclass of what is a table in it.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value has the wrong type.
+    """
     if not isinstance(values, dict):
         raise ConfigError(f"{where} is {values!r}; expected a table, [{where}]")
-    types = {item.name: str(item.type) for item in dataclasses.fields(kind)}
+    tables = tables or {}
+    values = {key: build(tables[key], value, key) if key in tables else value for key, value in values.items()}
+    fields = {item.name.rstrip("_"): item for item in dataclasses.fields(kind)}
     for key, value in values.items():
-        if key not in types:
-            close = difflib.get_close_matches(key, types, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(types)}"
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(fields)}"
             raise ConfigError(f"{where} has an unknown key {key!r}{hint}")
-        if types[key] in _TYPES and type(value) not in _TYPES[types[key]]:
-            raise ConfigError(f"{where} has {key} = {value!r}; expected {types[key]}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        expected = str(fields[key].type)
+        if expected in _TYPES and type(value) not in _TYPES[expected]:
+            raise ConfigError(f"{where} has {key} = {value!r}; expected {expected.removesuffix(' | None')}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where} has {key} = {value}; expected a finite number")
+    for key, item in fields.items():
+        if item.default is item.default_factory is dataclasses.MISSING and key not in values:
+            raise ConfigError(f"{where} has no {key}; add it")
+    return kind(**{fields[key].name: value for key, value in values.items()})

@@ -48,6 +48,19 @@ class Segments(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.order)
 
+    @property
+    def chain(self) -> npt.NDArray[np.int64]:
+        """The numbers of the segments in the order in which they come."""
+        return self.order[self.order >= 0]
+
+    @property
+    def targets(self) -> npt.NDArray[np.int64]:
+        """How many targets each row has, int64, shape (rows,)."""
+        lengths = np.array([len(ids) for ids in self.documents])
+        document, first = self.cuts.T
+        counts = np.minimum(self.length, lengths[document] - first) - 1
+        return np.where(self.order >= 0, counts[self.order], 0)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = int(self.order[index])
         document, first = (int(value) for value in self.cuts[number]) if number >= 0 else (-1, 0)
@@ -98,6 +111,8 @@ def bm25_segments(
     across_documents: bool = False,
     seed: int = 0,
     padding: int = 0,
+    chain: npt.NDArray[np.int64] | None = None,
+    show_progress: bool = False,
 ) -> Segments:
     """Batch the segments of documents so that similar ones lie together, for `External` (algorithm 1 of the paper).
 
@@ -109,14 +124,18 @@ def bm25_segments(
         across_documents: Let a segment be followed by one of another document, as for `External(own_document=False)`.
         seed: Of the chain.
         padding: Token id that fills short segments.
+        chain: That of an earlier call with the same documents and length, to save the search; see `Segments.chain`.
+        show_progress: Show rate and time left on stderr.
 
     Raises:
         ConfigError: A number is too small, or there are no two tokens in any document.
     """
     _check(rows=rows)
     cuts = _cut(documents, length)
-    segments = [documents[document][first : first + length] for document, first in cuts]
-    chain = bm25_chain(segments, hits=hits, seed=seed, groups=cuts[:, 0] if across_documents else None)
+    if chain is None:
+        texts = [documents[document][first : first + length] for document, first in cuts]
+        groups = cuts[:, 0] if across_documents else None
+        chain = bm25_chain(texts, hits=hits, seed=seed, groups=groups, show_progress=show_progress)
     order = np.full(-(-len(cuts) // rows) * rows, -1)
     order[: len(chain)] = chain
     return Segments(documents, cuts, order, length, rows, padding)

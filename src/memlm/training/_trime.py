@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..errors import ConfigError
 from ..models import find_key_site, forward_with_keys
-from ._memories import LongTerm, Places, TrainingMemory, visible
+from ._memories import LongTerm, Places, TrainingMemory, drops, visible
 
 PLACES = ("segment", "document", "position")
 IGNORED = -100
+_CHUNK = 1 << 24  # similarities computed at once: all of up to 4,096 targets
 
 
 class TargetLogProbs(NamedTuple):
@@ -92,7 +94,7 @@ class TrimeLoss:
         if update < self.warmup * updates:
             log_probs = plain_log_probs(model, batch)
         else:
-            log_probs = self.log_probs(model, batch, draw=(self.seed, update)).with_memory
+            log_probs = self._with_memory(self._forward(model, batch), (self.seed, update))
         return -log_probs.sum() / (max(1, len(log_probs)) if targets is None else targets)
 
     def log_probs(self, model: Any, batch: Mapping[str, Tensor], draw: tuple[int, int] | None = None) -> TargetLogProbs:
@@ -103,40 +105,84 @@ class TrimeLoss:
             batch: As for the loss.
             draw: Seed and number of the update; None, for evaluation, drops no memory.
         """
+        found = self._forward(model, batch)
+        size = _chunk_size(len(found.tokens))
+        with torch.no_grad():
+            parts = zip(found.logits.split(size), found.tokens.split(size), strict=True)
+            without = torch.cat([_target_log_probs(logits, tokens) for logits, tokens in parts])
+        return TargetLogProbs(self._with_memory(found, draw), without)
+
+    def _forward(self, model: Any, batch: Mapping[str, Tensor]) -> _Found:
+        """Run the model, and gather what belongs to the targets of the batch, in a row."""
         site = find_key_site(getattr(model, "module", model), self.key_site)
         output, keys = forward_with_keys(model, site, _inputs(batch))
-        kept, tokens = _targets(batch)
-        logits, keys = output.logits[:, :-1][kept].float(), keys[:, :-1][kept]  # (n, vocabulary), (n, key width)
-        allowed = visible(self.memories, self._places(batch, kept), draw)
-        similarities = ops.similarities(keys, keys)
-        with_memory = ops.trime_log_probs(logits, similarities, allowed, tokens, tokens, self.temperature)
-        with torch.no_grad():
-            without = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=1)
-        return TargetLogProbs(with_memory, without)
+        where, tokens = _targets(batch)
+        return _Found(_at(output.logits, where), _at(keys, where), tokens, self._places(batch, where))
 
-    def _places(self, batch: Mapping[str, Tensor], kept: Tensor) -> Places:
-        rows, width = kept.shape
+    def _with_memory(self, found: _Found, draw: tuple[int, int] | None) -> Tensor:
+        """Return log P of the targets, shape (n,), so many of them at a time as there is memory for.
+
+        Where that makes several chunks, each is computed again for its gradients, and nothing of the size of all
+        targets squared ever exists.
+        """
+        logits, keys, tokens, places = found
+        dropped = drops(self.memories, places.segments, draw)
+
+        def chunk(rows: slice, logits: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+            allowed = visible(
+                self.memories, places.rows(rows), places, None if dropped is None else dropped[rows]
+            )  # (chunk, n)
+            similarities = ops.similarities(queries, keys)
+            return ops.trime_log_probs(logits, similarities, allowed, tokens, tokens[rows], self.temperature)
+
+        size = _chunk_size(len(tokens))
+        if len(tokens) <= size:
+            return chunk(slice(None), logits, keys, keys)
+        rows = [slice(first, first + size) for first in range(0, len(tokens), size)]
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in it is random
+        # split, not slices: the gradient of each slice would be a tensor of the size of all logits
+        parts = zip(rows, logits.split(size), keys.split(size), strict=True)
+        return torch.cat([checkpoint(chunk, some, ours, queries, keys, **options) for some, ours, queries in parts])
+
+    def _places(self, batch: Mapping[str, Tensor], where: Tensor) -> Places:
+        """Return where the targets stand that are numbered as in `_targets`."""
+        count, width = len(batch["labels"]), batch["labels"].shape[1] - 1
         if not all(name in batch for name in PLACES):
             if any(isinstance(memory, LongTerm) for memory in self.memories):
                 raise ConfigError(
                     f"the batch has the fields {', '.join(batch)}; LongTerm needs {', '.join(PLACES)}, too: make the "
                     "dataset by consecutive_segments"
                 )
-            numbers = torch.arange(rows, device=kept.device)
+            numbers = torch.arange(count, device=where.device)
             segment, document, position = numbers, numbers, torch.zeros_like(numbers)
         else:
             segment, document, position = (batch[name] for name in PLACES)
-        positions = position[:, None] + torch.arange(width, device=kept.device)  # (rows, width)
-        return Places(
-            segment[:, None].expand(kept.shape)[kept], document[:, None].expand(kept.shape)[kept], positions[kept]
-        )
+        row = where // width
+        return Places(segment[row], document[row], position[row] + where % width)
+
+
+class _Found(NamedTuple):
+    """What a forward pass says about n targets: logits (n, vocabulary), keys (n, key width), tokens (n,), places."""
+
+    logits: Tensor
+    keys: Tensor
+    tokens: Tensor
+    places: Places
 
 
 def plain_log_probs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Return log p_LM of the targets of a batch, float32, shape (n,); arguments as for `TrimeLoss`."""
     output = model(**({"use_cache": False, "return_dict": True} | _inputs(batch)))
-    kept, tokens = _targets(batch)
-    return -torch.nn.functional.cross_entropy(output.logits[:, :-1][kept].float(), tokens, reduction="none")
+    where, tokens = _targets(batch)
+    return _target_log_probs(_at(output.logits, where), tokens)
+
+
+def _target_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    return -torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none")
+
+
+def _chunk_size(targets: int) -> int:
+    return max(1, _CHUNK // max(1, targets))
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -144,7 +190,17 @@ def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _targets(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return which positions have a target, bool, shape (rows, length − 1), and the targets in a row, shape (n,)."""
-    following = batch["labels"][:, 1:]
-    kept = following != IGNORED
-    return kept, following[kept]
+    """Return the positions that have a target, and the targets, both int64, shape (n,).
+
+    Positions are counted through the rows without their last ones. A device is waited for here, and nowhere else: how
+    many there are decides the shapes of all that follows.
+    """
+    following = batch["labels"][:, 1:].reshape(-1)
+    where = (following != IGNORED).nonzero().squeeze(1)
+    return where, following[where]
+
+
+def _at(values: Tensor, where: Tensor) -> Tensor:
+    """Return what stands at positions as `_targets` counts them, shape (n, …), of values (rows, length, …)."""
+    length = values.shape[1]
+    return values.flatten(0, 1).index_select(0, where + where // (length - 1))
