@@ -73,8 +73,10 @@ def test_a_part_imports_only_what_it_may(path):
         assert part in ALLOWED.get(importer, {part}), f"{path}:{line} imports memlm.{part}"
         if part == "cli":
             assert importer == "__main__", f"{path}:{line} imports the command line"
+        if part == "recipes":
+            assert importer == "cli", f"{path}:{line} imports the leaf memlm.recipes"
         if part == "evaluation":  # memlm itself does so for type checkers alone; `test_importing_memlm_is_cheap`
-            assert importer in {"cli", "__init__"}, f"{path}:{line} imports the leaf memlm.{part}"
+            assert importer in {"cli", "recipes", "__init__"}, f"{path}:{line} imports the leaf memlm.{part}"
 
 
 def test_ops_import_torch_and_the_standard_library_only():

@@ -161,11 +161,17 @@ def seen_by_loops(rows, names, dropped=()):
                 table[i, j] = "local" in names and other_position < position and segment not in dropped
             else:
                 earlier = document == other_document and other_position < position
-                table[i, j] = ("long" in names and earlier) or "external" in names
+                others = "others" in names and document != other_document
+                table[i, j] = ("long" in names and earlier) or "external" in names or others
     return table
 
 
-KINDS = {"local": Local(), "long": LongTerm(), "external": External(drop_own=0.5)}
+KINDS = {
+    "local": Local(),
+    "long": LongTerm(),
+    "external": External(drop_own=0.5),
+    "others": External(own_document=False),
+}
 
 
 @given(batches(), st.sets(st.sampled_from(sorted(KINDS))))
@@ -177,7 +183,7 @@ def test_what_is_seen_is_the_union(rows, names):
 
 @given(batches(), st.integers(0, 50))
 def test_external_memory_takes_the_own_segment_away(rows, update):
-    memories, places = [Local(), LongTerm(), KINDS["external"]], places_of(rows)
+    memories, places = [KINDS[name] for name in ("local", "long", "external")], places_of(rows)
     drop = drops(memories, places.segments, (7, update))
     dropped = {row[0] for row, gone in zip(rows, drop.tolist(), strict=True) if gone}
     kept = {row[0] for row, gone in zip(rows, drop.tolist(), strict=True) if not gone}

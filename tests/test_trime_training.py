@@ -142,6 +142,27 @@ def test_the_next_of_a_chain_is_the_best_unused():
     pytest.fail("no seed put the first segment before its likeness")
 
 
+def test_a_chain_across_groups():
+    segments = near_duplicates()
+    pairs = np.tile(np.arange(30), 2)
+    order = bm25_chain(segments, hits=60, groups=pairs, seed=3)
+    assert sorted(order) == list(range(60))
+    assert (pairs[order[1:]] == pairs[order[:-1]]).sum() <= 1, "the last two may be left over"
+    alone = bm25_chain(segments, hits=60, groups=np.arange(60), seed=3)
+    assert alone.tolist() == bm25_chain(segments, hits=60, seed=3).tolist()
+
+
+def test_batches_of_a_chain_across_documents():
+    documents = [
+        np.concatenate(parts) for parts in zip(near_duplicates(10, 12)[:10], near_duplicates(10, 12)[10:], strict=True)
+    ]
+    for across in (False, True):
+        segments = bm25_segments(documents, 13, rows=2, hits=20, across_documents=across)
+        owners = segments.cuts[segments.order, 0]
+        share = (owners[1:] == owners[:-1]).mean()
+        assert share < 0.1 if across else share > 0.4
+
+
 def test_batches_of_a_chain():
     texts = near_duplicates(10, 12)
     segments = bm25_segments(texts, 12, rows=3, seed=3)

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from ..text import printable
-from . import _build, _compare, _demo, _doctor, _eval, _explain, _generate, _info, _overlap, _train, _tune
+from . import _build, _compare, _demo, _doctor, _eval, _explain, _generate, _info, _overlap, _recipes, _train, _tune
 
 app = typer.Typer(
     name="memlm",
@@ -29,6 +29,7 @@ app.command("eval")(_eval.evaluate)
 app.command("generate")(_generate.generate)
 app.command("explain")(_explain.explain)
 app.command("compare")(_compare.compare)
+app.add_typer(_recipes.app, name="recipes")
 app.add_typer(_train.app, name="train")
 app.command("demo")(_demo.demo)
 app.command("doctor")(_doctor.doctor)

@@ -63,8 +63,22 @@ def paired_bootstrap(
     mean = float(differences.mean())
     if len(sums) < 2:
         return Interval(mean, -np.inf, np.inf, unit)
+    return Interval(mean, *bootstrap_mean(sums, counts, samples=samples, seed=seed), unit)
+
+
+def bootstrap_mean(
+    sums: npt.NDArray[np.number], counts: npt.NDArray[np.int64], *, samples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % percentile interval of a mean over tokens, of which groups are resampled.
+
+    Args:
+        sums: Total over the tokens of each group, shape (groups,).
+        counts: Tokens in each group, int64, shape (groups,).
+        samples: Resamples.
+        seed: Of the resampling.
+    """
     drawn = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     # "inverted_cdf" does not interpolate: means may be −inf, where λ = 1 made a token impossible
     low, high = np.percentile(means, [2.5, 97.5], method="inverted_cdf")
-    return Interval(mean, float(low), float(high), unit)
+    return float(low), float(high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -309,6 +310,19 @@ def _put_together(batches: list[ScoredBatch]) -> ScoredBatch:
         keys=torch.cat([batch.keys for batch in batches]),
         belief=join_beliefs(beliefs) if beliefs else None,
     )
+
+
+def thinned(batches: Iterable[Retrieved], every: int) -> Iterator[Retrieved]:
+    """Keep every so many-th target, numbered anew."""
+    for batch in batches:
+        kept = batch.rows % every == 0
+        yield dataclasses.replace(
+            batch,
+            rows=batch.rows[kept] // every,
+            targets=batch.targets[kept],
+            lm_log_probs=batch.lm_log_probs[kept],
+            evidence=batch.evidence.rows(kept),
+        )
 
 
 def gather(parts: Iterable[Retrieved], tokens: int | None = None) -> Retrieved:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..cache import Cache
@@ -13,7 +11,7 @@ from ..evidence import INNER_PRODUCT
 from ..mixtures import CACHE, HeldOut, TrimeMixture, check_memory, fit_trime, perplexity
 from ..models import Scorer
 from ._bootstrap import paired_bootstrap, units
-from ._retrieval import Memory, Retrieved, Text, as_memories, gather, retrieve, warn_if_nothing_is_found
+from ._retrieval import Memory, Text, as_memories, gather, retrieve, thinned, warn_if_nothing_is_found
 from ._tune import Tuning
 
 _KEPT = 1 << 25  # neighbors of all targets that are held in memory together
@@ -56,7 +54,7 @@ def tune_trime(
     every = -(-text.tokens * sum(ks) // _KEPT)
     options = {"beliefs": True, "show_progress": show_progress, "description": "tuning"}
     documents = text.document_of_target[::every]
-    cached = gather(_thinned(retrieve(lm, text, memories, ks, **options), every), len(documents))
+    cached = gather(thinned(retrieve(lm, text, memories, ks, **options), every), len(documents))
     if not isinstance(memories[0], Cache):
         warn_if_nothing_is_found(cached.found, 3)
     held = HeldOut(cached.targets, cached.lm_log_probs, cached.evidence, units(documents)[0])
@@ -82,16 +80,3 @@ def _checked(memories: list[Memory]) -> list[Memory]:
     if [isinstance(item, Cache) for item in memories] not in ([False], [True], [False, True]):
         raise ConfigError(f"the memories are {memories}; expected a datastore, a Cache, or both in this order")
     return memories
-
-
-def _thinned(batches: Iterable[Retrieved], every: int) -> Iterator[Retrieved]:
-    """Keep every so many-th target, numbered anew."""
-    for batch in batches:
-        kept = batch.rows % every == 0
-        yield dataclasses.replace(
-            batch,
-            rows=batch.rows[kept] // every,
-            targets=batch.targets[kept],
-            lm_log_probs=batch.lm_log_probs[kept],
-            evidence=batch.evidence.rows(kept),
-        )

@@ -13,7 +13,12 @@ _QUERIES = 256  # searched for at once
 
 
 def bm25_chain(
-    segments: Sequence[npt.NDArray[np.integer]], *, hits: int = 20, seed: int = 0, show_progress: bool = False
+    segments: Sequence[npt.NDArray[np.integer]],
+    *,
+    hits: int = 20,
+    seed: int = 0,
+    groups: npt.NDArray[np.integer] | None = None,
+    show_progress: bool = False,
 ) -> npt.NDArray[np.int64]:
     """Order segments so that each is followed by one that is like it.
 
@@ -24,6 +29,8 @@ def bm25_chain(
         segments: Token ids of each, integers, shape (tokens,).
         hits: How many of the best are looked at.
         seed: Of the random choices.
+        groups: Number of the group of each segment, such as its document, shape (segments,): the next one is of another
+            group than the last. None groups nothing.
         show_progress: Show rate and time left on stderr.
 
     Returns:
@@ -38,6 +45,8 @@ def bm25_chain(
     for place in range(count):
         candidates = near[chain[place - 1]] if place else near[:0, 0]
         fresh = candidates[unused[candidates]]
+        if groups is not None and place:
+            fresh = fresh[groups[fresh] != groups[chain[place - 1]]]
         chain[place] = fresh[0] if len(fresh) else next(number for number in spare if unused[number])
         unused[chain[place]] = False
     return chain

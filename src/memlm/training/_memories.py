@@ -71,12 +71,16 @@ class External:
 
     Attributes:
         drop_own: Share of the segments, drawn anew for every update, that may not look at themselves.
+        own_document: Whether other segments of the same document are seen, too, as in the paper. A datastore seldom
+            holds the document that is being read, and where documents repeat themselves a model that had its own learns
+            to lean on more than it will find.
 
     Raises:
         ConfigError: The share is not in [0, 1].
     """
 
     drop_own: float = 0.9
+    own_document: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_own <= 1:
@@ -84,7 +88,9 @@ class External:
 
     def visible(self, queries: Places, entries: Places) -> Tensor:
         """Return what each target may see; see `TrainingMemory`."""
-        return ~_in_own_segment(queries, entries)
+        if self.own_document:
+            return ~_in_own_segment(queries, entries)
+        return queries.documents[:, None] != entries.documents
 
     def drops(self, segments: Tensor, draw: tuple[int, int]) -> Tensor:
         """Return whether the segment of each target may not look at itself, bool, shape (n,).

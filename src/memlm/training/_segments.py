@@ -107,6 +107,8 @@ def bm25_segments(
     length: int,
     *,
     rows: int,
+    hits: int = 20,
+    across_documents: bool = False,
     seed: int = 0,
     padding: int = 0,
     chain: npt.NDArray[np.int64] | None = None,
@@ -118,6 +120,8 @@ def bm25_segments(
         documents: Token ids of each document, integers, shape (tokens,).
         length: Tokens a segment, at least 2.
         rows: Segments a batch.
+        hits: How many of the most similar segments are looked at for the next one.
+        across_documents: Let a segment be followed by one of another document, as for `External(own_document=False)`.
         seed: Of the chain.
         padding: Token id that fills short segments.
         chain: That of an earlier call with the same documents and length, to save the search; see `Segments.chain`.
@@ -130,7 +134,8 @@ def bm25_segments(
     cuts = _cut(documents, length)
     if chain is None:
         texts = [documents[document][first : first + length] for document, first in cuts]
-        chain = bm25_chain(texts, seed=seed, show_progress=show_progress)
+        groups = cuts[:, 0] if across_documents else None
+        chain = bm25_chain(texts, hits=hits, seed=seed, groups=groups, show_progress=show_progress)
     order = np.full(-(-len(cuts) // rows) * rows, -1)
     order[: len(chain)] = chain
     return Segments(documents, cuts, order, length, rows, padding)

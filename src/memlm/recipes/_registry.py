@@ -1,0 +1,29 @@
+"""All recipes by name. Another one is a module with an `EXPERIMENT`, and a line here."""
+
+from __future__ import annotations
+
+import difflib
+
+from ..errors import ConfigError
+from ._experiment import Experiment
+from .trime_small import EXPERIMENT as TRIME_SMALL
+
+_ALL = {experiment.name: experiment for experiment in (TRIME_SMALL,)}
+
+
+def experiments() -> tuple[Experiment, ...]:
+    """Return all experiments, in the order of their names."""
+    return tuple(_ALL[name] for name in sorted(_ALL))
+
+
+def find_experiment(name: str) -> Experiment:
+    """Return an experiment.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in _ALL:
+        close = difflib.get_close_matches(name, _ALL, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(_ALL))}"
+        raise ConfigError(f"there is no recipe {name!r}; {hint}")
+    return _ALL[name]
