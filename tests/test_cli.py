@@ -21,7 +21,20 @@ from memlm.mixtures import load_mixture
 from test_training import RECIPE
 from tiny_models import tiny_model
 
-VERBS = ["build", "info", "overlap", "tune", "eval", "generate", "explain", "compare", "train", "demo", "doctor"]
+VERBS = [
+    "build",
+    "info",
+    "overlap",
+    "tune",
+    "eval",
+    "generate",
+    "explain",
+    "compare",
+    "train",
+    "demo",
+    "doctor",
+    "recipes",
+]
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +316,7 @@ def test_help_does_not_wait_for_torch():
     code = f"""
 import sys
 from memlm.cli import main
-verbs = [*([verb] for verb in {VERBS}), ["train", "lm"], ["train", "trime"]]
+verbs = [*([verb] for verb in {VERBS}), ["train", "lm"], ["train", "trime"], ["recipes", "run"]]
 for arguments in [[], ["--version"], *([*verb, "--help"] for verb in verbs)]:
     try:
         main(arguments)

@@ -169,6 +169,8 @@ def test_an_error_in_a_process_is_told(tmp_path):
 def test_an_interrupt_ends_all_processes_and_keeps_what_is_finished(tmp_path):
     folder = tmp_path / "run"
     code = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it\n"
         "from toy_experiment import *\n"
         "from memlm.recipes import run_experiment\n"
         "if __name__ == '__main__':\n"
