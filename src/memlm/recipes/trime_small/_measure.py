@@ -177,13 +177,21 @@ def knn_methods(tuned: Tuned, cache: Mixture) -> dict[str, Method]:
 
 def datastore_methods(tuned: Tuned) -> dict[str, Method]:
     """Tune one softmax over the vocabulary and a datastore, memory 0, without and with a cache, memory 1."""
-    held = tuned.memory(0)
-    k = held.evidence.memories[0].tokens.shape[1]
-    once = fit_trime(held, interpolates=False)
+    k = tuned.held.evidence.memories[0].tokens.shape[1]
+    ks = [size for size in (k >> 6, k >> 4, k >> 2, k) if size]  # kNN-LM chooses its k, too
+    once, twice = (
+        max(
+            (fit_trime(tuned.memory(0, size), interpolates=again) for size in ks),
+            key=lambda form: float(tuned.memory(0).log_probs(form).mean()),
+        )
+        for again in (False, True)
+    )
+    length = tuned.held.evidence.memories[1].tokens.shape[1]
+    both = dataclasses.replace(tuned.held, evidence=tuned.held.evidence.nearest([twice.k, length]))
     return {
         rows.DATASTORE_PLAIN: Method(TrimeMixture(temperature=1.0, k=k), (0,)),
         rows.DATASTORE: Method(once, (0,)),
-        rows.DATASTORE_TWICE: Method(fit_trime(held), (0,)),
-        rows.DATASTORE_LONG: Method(fit_trime(tuned.held), (0, 1)),
+        rows.DATASTORE_TWICE: Method(twice, (0,)),
+        rows.DATASTORE_LONG: Method(fit_trime(both), (0, 1)),
         rows.DATASTORE_SHUFFLED: Method(once, (0,), shuffled=True),
     }
