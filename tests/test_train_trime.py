@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -22,8 +23,17 @@ from command_line import refused, run
 from memlm.cache import Cache
 from memlm.errors import ConfigError
 from memlm.mixtures import load_mixture
-from memlm.training import TrimeLoss, _train_trime, load_trime_recipe, train_trime
-from memlm.training._trime_data import Clock, train_segments, valid_segments
+from memlm.training import (
+    Batches,
+    MemorySettings,
+    TrimeLoss,
+    TrimeRecipe,
+    TrimeSchedule,
+    _train_trime,
+    load_trime_recipe,
+    train_trime,
+)
+from memlm.training._trime_data import Clock, _segments, train_segments, valid_segments
 from tiny_models import tiny_model, tiny_tokenizer
 
 WORDS = ["the", "cat", "house", "rain", "was", "on", "roof", "and", "bird", "in", "a", "morning", "letter", "box"]
@@ -438,3 +448,21 @@ def test_where_to_train(place, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "device is 'cuda'; expected cpu" in refused(*command, "cuda")
     assert not (tmp_path / "a").exists()
+
+
+def test_without_the_own_document_batches_go_across_documents():
+    def chain_of(own_document):
+        memory = MemorySettings(kinds=["external"], own_document=own_document)
+        batches = Batches(order="bm25", length=4, rows=2)
+        schedule = TrimeSchedule(steps=1)
+        recipe = TrimeRecipe(train=["a"], valid=["b"], from_="c", memory=memory, batches=batches, schedule=schedule)
+        (external,) = recipe.memory.memories()
+        assert external.own_document == own_document
+        lm = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=0))
+        # either document repeats itself, and resembles the other a little
+        documents = [np.array([first, first + 1, 9] * 4) for first in (1, 5)]
+        segments = _segments(recipe, lm, documents)
+        return segments.cuts[segments.chain, 0]
+
+    assert (np.diff(chain_of(False)) != 0).all()
+    assert (np.diff(chain_of(True)) == 0).sum() >= 4

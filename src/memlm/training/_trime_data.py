@@ -47,7 +47,7 @@ def _segments(recipe: TrimeRecipe, lm: LanguageModel, documents: list[Ids], **op
     batches, (streams, rows) = recipe.batches, recipe.batches.layout
     padding = lm.tokenizer.eos_token_id or 0
     if batches.order == BM25:
-        options |= {"rows": rows, "seed": recipe.schedule.seed}
+        options |= {"rows": rows, "seed": recipe.schedule.seed, "across_documents": not recipe.memory.own_document}
         return bm25_segments(documents, batches.length, padding=padding, **options)
     return consecutive_segments(documents, batches.length, streams=streams, consecutive=rows, padding=padding)
 

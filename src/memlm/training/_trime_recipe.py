@@ -25,6 +25,8 @@ class MemorySettings:
     Attributes:
         kinds: Any of local, long-term and external; none at all is the plain loss, on the same batches.
         drop_own: With external memory, share of the segments that may not look at themselves.
+        own_document: With external memory, whether other segments of the same document are seen, too, as in the paper.
+            Where the datastore will not hold the text that is read, take false; the batches then go across documents.
         warmup: Share of the updates, at the start, that take the plain loss.
         temperature: Divides similarities; 1 in the paper's training.
 
@@ -34,6 +36,7 @@ class MemorySettings:
 
     kinds: list[str] = field(default_factory=list)
     drop_own: float = 0.9
+    own_document: bool = True
     warmup: float = 0.05
     temperature: float = 1.0
 
@@ -49,7 +52,7 @@ class MemorySettings:
         made: dict[str, TrainingMemory] = {
             "local": Local(),
             "long-term": LongTerm(),
-            "external": External(drop_own=self.drop_own),
+            "external": External(drop_own=self.drop_own, own_document=self.own_document),
         }
         return [made[kind] for kind in self.kinds]
 
