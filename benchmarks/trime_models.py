@@ -1,10 +1,11 @@
 """Four models of the reference model's size, trained alike but for the memory that they see (TRIME).
 
-    python -m benchmarks.trime_models DATA --runs FOLDER [--parts prepare,train] [--arms none,local,long,external]
+    python -m benchmarks.trime_models DATA --runs FOLDER [--parts prepare,train] [--arms none,local,long,external,continued]
 
-DATA holds `<corpus>.{train,valid}.jsonl.xz` of WikiText-2 and novels. All models begin with the same weights and see both
-corpora as often, in as many updates of 16,384 tokens. `prepare` makes the first weights, token ids and the chain by BM25;
-`train` needs nothing but these, and a GPU, or hours. benchmarks/trime.py measures them.
+DATA holds `<corpus>.{train,valid}.jsonl.xz` of WikiText-2 and novels. Four models begin with the same weights and see both
+corpora twice, in 1,536 updates of 16,384 tokens; `continued` goes on from the one without memory for 200 smaller updates.
+`prepare` makes the first weights, token ids and the chain by BM25; `train` needs nothing but these, and a GPU, or hours.
+benchmarks/trime.py measures the models.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
@@ -25,8 +28,29 @@ from memlm.training._trime_data import train_segments, valid_segments
 
 CORPORA = ("wikitext2", "novels")
 LENGTH, ROWS = 512, 32  # tokens a segment, segments an update
-EPOCHS, RATE = 4, 2e-3
-ARMS = {"none": [], "local": ["local"], "long": ["local", "long-term"], "external": ["local", "external"]}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one model sees, and for how long."""
+
+    kinds: list[str]
+    order: dict[str, Any]
+    own_document: bool = True
+    start: str = "start"
+    steps: int = 1536
+    rate: float = 2e-3
+
+
+STREAMS = {"streams": 4, "consecutive": ROWS // 4}
+ARMS = {
+    "none": Arm([], STREAMS),
+    "local": Arm(["local"], STREAMS),
+    "long": Arm(["local", "long-term"], STREAMS),
+    "external": Arm(["local", "external"], {"order": "bm25", "rows": ROWS}),
+    # goes on from the model without memory, and sees no other segment of its own document: short enough for a CPU
+    "continued": Arm(["local", "external"], {"order": "bm25", "rows": 16}, False, "none/model", 200, 5e-4),
+}
 
 
 def main() -> None:
@@ -45,20 +69,21 @@ def main() -> None:
 
 
 def recipe(data: Path, runs: Path, arm: str, steps: int | None = None) -> TrimeRecipe:
-    order = {"order": "bm25", "rows": ROWS} if arm == "external" else {"streams": 4, "consecutive": ROWS // 4}
+    settings = ARMS[arm]
+    steps = steps or settings.steps
     return TrimeRecipe(
         train=[str(data / f"{corpus}.train.jsonl.xz") for corpus in CORPORA],
         valid=[str(data / f"{corpus}.valid.jsonl.xz") for corpus in CORPORA],
-        from_=str(runs / "start"),
-        memory=MemorySettings(kinds=ARMS[arm]),
-        batches=Batches(length=LENGTH, **order),  # type: ignore[arg-type]
+        from_=str(runs / settings.start),
+        memory=MemorySettings(kinds=settings.kinds, own_document=settings.own_document),
+        batches=Batches(length=LENGTH, **settings.order),
         schedule=TrimeSchedule(
             steps=steps,
-            epochs=None if steps else EPOCHS,
-            learning_rate=RATE,
-            warmup_steps=100,
+            learning_rate=settings.rate,
+            warmup_steps=min(100, steps // 10),
             evaluate_every=500,
-            checkpoint_every=1000,
+            checkpoint_every=min(1000, max(1, steps // 4)),
+            valid_tokens=100_000 if settings.start == "start" else 20_000,
         ),
     )
 
@@ -90,7 +115,8 @@ def train(data: Path, runs: Path, arm: str, steps: int | None) -> None:
     if not output.exists():  # token ids are the same for all
         output.mkdir()
         for file in (runs / "shared").iterdir():
-            shutil.copy(file, output)
+            if ARMS[arm].own_document or file.name == "train.safetensors":  # another chain, other validation
+                shutil.copy(file, output)
         write_json(output / "recipe.json", settings.describe())
     started = time.perf_counter()
     summary = train_trime(settings, output)
