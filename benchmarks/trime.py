@@ -2,8 +2,8 @@
 
     python -m benchmarks.trime DATA --models FOLDER --stores FOLDER [--corpora wikitext2,novels]
 
-FOLDER/{none,local,long,external} are the models of benchmarks/trime_models.py, saved by `save_pretrained`. DATA holds
-`<corpus>.{train,valid,test}.jsonl.xz`. A million tokens of `train` are stored for the models none and external; all
+FOLDER/{none,local,long,external,continued} are the models of benchmarks/trime_models.py, saved by `save_pretrained`. DATA holds
+`<corpus>.{train,valid,test}.jsonl.xz`. A million tokens of `train` are stored for the models none, external and continued; all
 settings are fitted to 16 k tokens of `valid`, and 40 k tokens of `test` are scored once a row: whole documents in a seeded
 order, of novels their beginnings. Results: benchmarks/results/trime.{json,md}.
 """
@@ -33,6 +33,7 @@ ENTRIES, VALID, TEST = 1_000_000, 16_000, 40_000
 BEGINNING = 40_000  # characters of a novel
 LOCAL, LONG, NEIGHBORS = 512, 4096, 1024
 BASELINE = "Transformer + cache, by age"
+CONTINUED = "TRIME external, continued from the Transformer"
 # WikiText-103 dev, the paper's 7 M parameter model (as reported there)
 PAPER = {
     "Transformer": 82.68,
@@ -60,58 +61,93 @@ def main() -> None:
         (RESULTS / "trime.md").write_text(table(results))
 
 
+class Rows:
+    """The rows of one table, each kept in a file as soon as it is measured: an interrupted run goes on."""
+
+    def __init__(self, folder: Path, corpus: str, test: Text) -> None:
+        self.folder, self.corpus, self.test = folder / f"{corpus}-rows", corpus, test
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.measured: dict[str, tuple[np.ndarray, np.ndarray, str]] = {}
+
+    def missing(self, *names: str) -> bool:
+        """Load these rows, and say whether one is not there."""
+        paths = {name: self.folder / f"{name}.npz" for name in names}
+        for name, path in paths.items():
+            if path.exists():
+                with np.load(path) as file:
+                    self.measured[name] = (file["log_probs"], file["lm_log_probs"], str(file["settings"]))
+        return not self.measured.keys() >= paths.keys()
+
+    def measure(self, name: str, lm: Any, memory: Any, mixture: Mixture) -> None:
+        result = memlm.evaluate(lm, self.test, memory, mixture, show_progress=False)
+        row = (result.log_probs, result.lm_log_probs, mixture.describe())
+        partial = self.folder / "partial.npz"
+        np.savez(partial, log_probs=row[0], lm_log_probs=row[1], settings=row[2])
+        partial.replace(self.folder / f"{name}.npz")
+        self.measured[name] = row
+        print(self.corpus, name, f"{perplexity(row[0]):.2f}", row[2], flush=True)
+
+
 def measure(options: argparse.Namespace, corpus: str) -> dict[str, Any]:
-    lms = {arm: memlm.load(str(options.models / arm)) for arm in ("none", "local", "long", "external")}
+    lms = {arm: memlm.load(str(options.models / arm)) for arm in ("none", "local", "long", "external", "continued")}
     valid, test = (
         Text(lms["none"], beginnings(options.data / f"{corpus}.{split}.jsonl.xz"), tokens)
         for split, tokens in (("valid", VALID), ("test", TEST))
     )
-    rows: dict[str, dict[str, Any]] = {}
-    log_probs: dict[str, np.ndarray] = {}
-
-    def report(name: str, arm: str, memory: Any, mixture: Mixture) -> None:
-        result = memlm.evaluate(lms[arm], test, memory, mixture, show_progress=False)
-        log_probs[name], log_probs[f"model {arm}"] = result.log_probs, result.lm_log_probs
-        rows[name] = {"model": arm, "perplexity": perplexity(result.log_probs), "settings": mixture.describe()}
-        print(corpus, name, rows[name], flush=True)
-
+    rows = Rows(options.stores, corpus, test)
     stored = stored_text(lms["none"], options.data, corpus)
-    plain = store(lms["none"], stored, options.stores / f"{corpus}-none", "squared_l2")
-    held = held_out(lms["none"], valid, [plain, Cache(LONG)])
-    past = held.memory(1)
-    cache = best(past, fit_cache(past, forgets=False), fit_shared_cache(past, forgets=False))
-    aged = best(past, fit_cache(past, forgets=True), fit_shared_cache(past, forgets=True))
-    report("Transformer + cache", "none", Cache(LONG), cache)
-    report(BASELINE, "none", Cache(LONG), aged)
-    found = gather(retrieve(lms["none"], valid, plain, [NEIGHBORS], show_progress=False), valid.tokens)
-    knn = tune_cached(found, valid.document_of_target).best
-    report("kNN-LM", "none", plain, knn)
-    report("kNN-LM + cache", "none", [plain, Cache(LONG)], fit_gate(held, (knn, aged)))
-    untrained = TrimeMixture(temperature=1.0, length=LOCAL)
-    report(f"control: Transformer, {LOCAL} tokens in its softmax at T = 1", "none", Cache(LOCAL), untrained)
-    del held, past, found
-
-    for arm, name, length in (
-        ("local", "TRIME local", LOCAL),
-        ("local", "TRIME local, long memory", LONG),
-        ("long", "TRIME long", LONG),
+    control = f"control: Transformer, {LOCAL} tokens in its softmax at T = 1"
+    if rows.missing("Transformer + cache", BASELINE, "kNN-LM", "kNN-LM + cache", control):
+        lm = lms["none"]
+        plain = store(lm, stored, options.stores / f"{corpus}-none", "squared_l2")
+        held = held_out(lm, valid, [plain, Cache(LONG)])
+        past = held.memory(1)
+        cache = best(past, fit_cache(past, forgets=False), fit_shared_cache(past, forgets=False))
+        aged = best(past, fit_cache(past, forgets=True), fit_shared_cache(past, forgets=True))
+        rows.measure("Transformer + cache", lm, Cache(LONG), cache)
+        rows.measure(BASELINE, lm, Cache(LONG), aged)
+        found = gather(retrieve(lm, valid, plain, [NEIGHBORS], show_progress=False), valid.tokens)
+        knn = tune_cached(found, valid.document_of_target).best
+        rows.measure("kNN-LM", lm, plain, knn)
+        rows.measure("kNN-LM + cache", lm, [plain, Cache(LONG)], fit_gate(held, (knn, aged)))
+        rows.measure(control, lm, Cache(LOCAL), TrimeMixture(temperature=1.0, length=LOCAL))
+    for name, arm, length in (
+        ("TRIME local", "local", LOCAL),
+        ("TRIME local, long memory", "local", LONG),
+        ("TRIME long", "long", LONG),
     ):
-        held = held_out(lms[arm], valid, [Cache(length)])
-        report(name, arm, Cache(length), fit_trime(held, forgets=False))
-        report(f"{name}, by age", arm, Cache(length), fit_trime(held))
-    external = store(lms["external"], stored, options.stores / f"{corpus}-external", "inner_product")
-    memories = [external, Cache(LONG)]
-    held = held_out(lms["external"], valid, memories)
-    report("TRIME external", "external", memories, fit_trime(held, forgets=False))
-    report("TRIME external, by age", "external", memories, fit_trime(held))
+        if rows.missing(name, f"{name}, by age"):
+            held = held_out(lms[arm], valid, [Cache(length)])
+            rows.measure(name, lms[arm], Cache(length), fit_trime(held, forgets=False))
+            rows.measure(f"{name}, by age", lms[arm], Cache(length), fit_trime(held))
+    for name, arm in (("TRIME external", "external"), (CONTINUED, "continued")):
+        if rows.missing(name, f"{name}, by age"):
+            memories = [
+                store(lms[arm], stored, options.stores / f"{corpus}-{arm}", "inner_product"),
+                Cache(LONG),
+            ]
+            held = held_out(lms[arm], valid, memories)
+            rows.measure(name, lms[arm], memories, fit_trime(held, forgets=False))
+            rows.measure(f"{name}, by age", lms[arm], memories, fit_trime(held))
 
-    rows = {"Transformer": {"model": "none", "perplexity": perplexity(log_probs["model none"]), "settings": ""}} | rows
-    log_probs["Transformer"] = log_probs["model none"]
-    for name, row in rows.items():
-        row["without memory"] = perplexity(log_probs[f"model {row['model']}"])
-        change = paired_bootstrap(log_probs[name] - log_probs[BASELINE], test.document_of_target)
-        row["over the cache"] = change.to_dict()
-    return {"rows": rows, "test": test.tokens, "valid": valid.tokens, "entries": len(plain), "unit": change.unit}
+    baseline, lm_log_probs, _ = rows.measured[BASELINE]
+    table = {"Transformer": (lm_log_probs, lm_log_probs, "")} | rows.measured
+    described: dict[str, Any] = {}
+    for name, (log_probs, without, settings) in table.items():
+        change = paired_bootstrap(log_probs - baseline, test.document_of_target)
+        described[name] = {
+            "perplexity": perplexity(log_probs),
+            "settings": settings,
+            "without memory": perplexity(without),
+            "over the cache": change.to_dict(),
+        }
+    return {
+        "rows": described,
+        "test": test.tokens,
+        "valid": valid.tokens,
+        "entries": len(memlm.Datastore(options.stores / f"{corpus}-none")),
+        "unit": change.unit,
+    }
 
 
 def beginnings(path: Path) -> list[memlm.Document]:
@@ -149,8 +185,10 @@ def table(results: dict[str, Any]) -> str:
         "",
         "Perplexity per token on `test`. Four models of 6.6 million parameters, from the same first weights, saw WikiText-2 and",
         "the novels twice (1,536 updates of 16,384 tokens, one GPU): without memory, with local, with local and long-term (8",
-        "segments of 512 tokens in a row), and with external memory (32 segments in a chain by BM25, own segment dropped with",
-        f"p = .9). The cache holds {LONG:,} tokens, TRIME's local memory {LOCAL}, its long-term memory {LONG:,}; a million tokens of",
+        "segments of 512 tokens in a row), and with external memory (32 segments in a chain by BM25, own segment dropped with p = .9).",
+        "A fifth goes on from the first for 200 updates of 8,192 tokens (CPU) with external memory of other documents",
+        "alone, as the datastore gives it: the fourth learned from its own documents, which the datastore lacks.",
+        f"The cache holds {LONG:,} tokens, TRIME's local memory {LOCAL}, its long-term memory {LONG:,}; a million tokens of",
         "`train` are stored. Temperatures, λ, drop-off by age and the second interpolation are fitted to 16 k tokens of `valid`.",
         "Changes are against the Transformer with a cache tuned alike (T, λ, age), with paired bootstrap 95 % intervals.",
         "",
