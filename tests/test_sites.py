@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from memlm.errors import ModelError, UnsupportedArchitecture
-from memlm.models import KeySite, LanguageModel, find_key_site
+from memlm.models import KeySite, LanguageModel, decoder_layers, find_key_site
 from memlm.models._capture import capture, check_key_site, forward_to_site, keys_of
-from memlm.models._sites import find_decoder
+from memlm.models._layers import find_decoder
 from tiny_models import FAMILIES, PARALLEL_FAMILIES, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 SEQUENTIAL = sorted(set(FAMILIES) - PARALLEL_FAMILIES)
@@ -235,3 +235,15 @@ def test_check_refuses_keys_that_depend_on_more_than_the_past(change, has_cache)
 def test_site_that_gives_no_key_for_each_token(path, said):
     with pytest.raises(ModelError, match=said):
         check_key_site(model_of("qwen3"), KeySite(path, path, "input"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_every_family_name_their_attention_and_feed_forward(family):
+    model = tiny_model(family)
+    layers = decoder_layers(model)
+    assert [layer.index for layer in layers] == list(range(len(layers)))
+    assert len(layers) == (model.config.num_hidden_layers if hasattr(model.config, "num_hidden_layers") else 2)
+    for layer in layers:
+        assert model.get_submodule(layer.path) is layer.module
+        assert "ttention" in type(getattr(layer.module, layer.attention)).__name__
+        assert layer.feed_forward is not None or family.startswith("opt")

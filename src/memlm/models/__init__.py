@@ -6,6 +6,8 @@ from ._capture import forward_with_keys as forward_with_keys
 from ._language_model import LanguageModel as LanguageModel
 from ._language_model import ScoredBatch as ScoredBatch
 from ._language_model import Scorer as Scorer
+from ._layers import DecoderLayer as DecoderLayer
+from ._layers import decoder_layers as decoder_layers
 from ._load import load as load
 from ._load import reference_lm as reference_lm
 from ._sites import KeySite as KeySite
@@ -13,11 +15,13 @@ from ._sites import find_key_site as find_key_site
 
 __all__ = [
     "BlackBox",
+    "DecoderLayer",
     "KeySite",
     "LanguageModel",
     "ScoredBatch",
     "Scorer",
     "attach",
+    "decoder_layers",
     "find_key_site",
     "forward_with_keys",
     "load",

@@ -16,8 +16,9 @@ from ..evidence import Belief, Evidence, Found
 from ..text import count
 from ._capture import Captured, capture, check_key_site, keys_of
 from ._identity import encoder_fingerprint
+from ._layers import find_decoder
 from ._past import Past, past_of
-from ._sites import KeySite, find_decoder, find_key_site
+from ._sites import KeySite, find_key_site
 
 _FOUND_TOGETHER = 1 << 23  # entries, for all positions that are mixed at once
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ._sites import KeySite, find_decoder
+from ._layers import find_decoder
+from ._sites import KeySite
 
 
 class _Stop(Exception):

@@ -15,7 +15,8 @@ from ..errors import ModelError
 from ..evidence import Belief
 from ._capture import capture, check_key_site, forward_to_site, keys_of
 from ._identity import encoder_fingerprint, tokenizer_fingerprint
-from ._sites import KeySite, find_decoder, find_key_site
+from ._layers import find_decoder
+from ._sites import KeySite, find_key_site
 from ._windows import TokenizedDocument, WindowScheme, batch_windows, tokenize
 
 _LOGITS_BUDGET = {"cpu": 1 << 25}  # bytes of float32 logits alive at once: on a CPU, about what its caches hold

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedArchitecture
+from ._layers import FEED_FORWARD_NAMES, find_decoder, find_layers, path_of
 
 LAST_FFN_INPUT = "last_ffn_input"
 FINAL_NORM_OUTPUT = "final_norm_output"
@@ -51,7 +52,6 @@ _FAMILIES: dict[str, tuple[str, bool | str]] = {
     "stablelm": ("mlp", "use_parallel_residual"),
     "starcoder2": ("mlp", False),
 }
-_FEED_FORWARD_NAMES = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "fc1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +103,13 @@ def find_key_site(model: Any, name: str | None = None) -> KeySite:
 
 
 def _last_ffn_input(model: Any, feed_forward: str | None, note: str) -> KeySite:
-    decoder = find_decoder(model)
-    stacks = {path: item for path, item in decoder.named_modules() if isinstance(item, nn.ModuleList) and len(item)}
-    if not stacks:
+    layers = find_layers(model)
+    if layers is None:
         raise UnsupportedArchitecture(
             f"{type(model).__name__} has no list of layers; name the key site yourself, such as 'final_norm_output'"
         )
-    # a list inside another is one of experts, and may be longer than that of the layers
-    inner = {path for path in stacks for other in stacks if path.startswith(f"{other}.")}
-    layer = max((stacks[path] for path in stacks if path not in inner), key=len)[-1]
-    names = (feed_forward,) if feed_forward else _FEED_FORWARD_NAMES
+    layer = layers[-1]
+    names = (feed_forward,) if feed_forward else (*FEED_FORWARD_NAMES, "fc1")
     for candidate in names:
         module = getattr(layer, candidate, None)
         if isinstance(module, nn.Module):
@@ -140,19 +137,3 @@ def _named(model: Any, name: str) -> KeySite:
             "'final_norm_output' or a path that model.named_modules() lists"
         ) from error
     return KeySite(name, path, tensor or "input")
-
-
-def find_decoder(model: Any) -> nn.Module:
-    """Return the part of a causal LM below its output embedding."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-    if decoder is None or decoder is base:
-        decoder = getattr(base, base.base_model_prefix, None)
-    if decoder is None or decoder is base:
-        raise UnsupportedArchitecture(f"{type(model).__name__} is not a causal LM with a decoder below its head")
-    return decoder
-
-
-def path_of(model: nn.Module, module: nn.Module) -> str:
-    """Return the dotted path of a module."""
-    return next(path for path, candidate in model.named_modules() if candidate is module)
