@@ -169,13 +169,17 @@ def test_a_python_without_sources_is_refused(tmp_path, monkeypatch):
         )
 
 
-def test_code_is_cut_into_identifiers_signs_and_lines():
-    text = "def f(x1, y):\n    return x1 + 0x1f\n"
+def test_code_is_cut_into_identifiers_signs_blanks_and_lines():
+    text = "def f(x1, y):\n    return  x1 + 0x1f\t# π²\n"
     tokenizer = code_tokenizer([text], 64, 32)
     pieces = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
-    assert pieces == ["def", "f", "(", "x1", ",", "y", ")", ":", "\n    ", "return", "x1", "+", "0x1f", "\n"]
+    assert pieces == [
+        *("def", " ", "f", "(", "x1", ",", " ", "y", ")", ":", "\n    "),
+        *("return", "  ", "x1", " ", "+", " ", "0x1f", "\t", "#", " ", "π²", "\n"),
+    ]
+    assert "".join(pieces) == text
     assert tokenizer.eos_token == END_OF_TEXT
     assert tokenizer.bos_token is None
     small = code_tokenizer([text], 4, 32)  # room for two beside the special ones: the most frequent
     assert len(small) == 4
-    assert small.convert_ids_to_tokens(small("x1 nobody")["input_ids"]) == ["x1", UNKNOWN]
+    assert small.convert_ids_to_tokens(small("x1 nobody")["input_ids"]) == ["x1", " ", UNKNOWN]

@@ -1,4 +1,4 @@
-"""A tokenizer for source code: identifiers, numbers, signs, and ends of lines with their indentation are tokens."""
+"""A tokenizer for source code: identifiers, numbers, signs, blanks, and line ends with indentation are tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
-_PIECE = r"\n\s*|[^\W\d]\w*|\d\w*|'''|\"\"\"|[^\w\s]"  # blanks within a line separate tokens and are none
+_PIECE = r"\n\s*|[^\S\n]+|[^\W\d]\w*|\d\w*|'''|\"\"\"|[^\w\s]"  # whatever it is, some piece holds it
 
 
 def code_tokenizer(texts: Iterable[str], vocabulary: int, positions: int) -> Any:

@@ -29,9 +29,9 @@ whole files held out: a small Llama, the same start, steps and order of the text
 batches are put together by BM25.
 
 Everything is tuned on the validation files: temperature and drop-off by age alike for all arms, the continuous cache as
-the better of its two forms. The test files are read once. Text is read in segments as in training, and a memory is the
-last tokens of the same document: “short” as many as a segment has, “long” as many as the sizes say. The datastore holds
-the training text.
+the better of its two forms, the number of neighbors for TRIME as for kNN-LM. The test files are read once. Text is read
+in segments as in training, and a memory is the last tokens of the same document: “short” as many as a segment has,
+“long” as many as the sizes say. The datastore holds the training text.
 
 Negative controls: the tokens of the memory's entries are dealt out anew, with the settings of the true ones and with
 settings tuned to that; and a memory at T = 1 beside a model that was trained without one.
@@ -111,8 +111,8 @@ def prepare(sizes: Sizes, folder: Path) -> dict[str, Any]:
 
 
 def work(sizes: Sizes, arm: str) -> int:
-    """Return the tokens that one arm reads, about: a token of code has some four characters."""
-    return sizes.steps * sizes.rows * sizes.length + (2 * sizes.valid + sizes.test) // 4
+    """Return the tokens that one arm reads, about: a token of code has some three characters."""
+    return sizes.steps * sizes.rows * sizes.length + (2 * sizes.valid + sizes.test) // 3
 
 
 def measure(task: Task) -> Measured:

@@ -46,7 +46,7 @@ class Sizes:
     consecutive: int = 4
     steps: int
     plain: float = 0.05
-    learning_rate: float = 0.01
+    learning_rate: float = 0.003
     memory: int
     k: int
     tuned: int
@@ -58,16 +58,16 @@ class Sizes:
 
 
 FULL = Sizes(
-    train=4_600_000,
-    valid=90_000,
+    train=3_600_000,
+    valid=80_000,
     valid_file=12_000,
-    test=260_000,
+    test=180_000,
     test_file=16_000,
     vocabulary=2048,
     width=64,
     feed_forward=168,
     length=64,
-    steps=1000,
+    steps=1500,
     memory=2048,
     k=1024,
     tuned=6000,
