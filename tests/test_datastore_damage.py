@@ -15,7 +15,7 @@ import pytest
 import memlm.files
 from fake_encoder import FakeEncoder, random_documents
 from memlm import Datastore
-from memlm.datastore import _tensors
+from memlm import tensors as tensor_files
 from memlm.errors import DatastoreCorrupt, DatastoreError
 
 
@@ -180,10 +180,10 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 def test_space_is_reserved_where_the_system_has_no_call_for_it(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate")
-    tensors = _tensors.create_tensors(tmp_path / "t.safetensors", {"a": ("F16", (600_000,)), "b": ("I64", (0, 2))})
+    tensors = tensor_files.create_tensors(tmp_path / "t.safetensors", {"a": ("F16", (600_000,)), "b": ("I64", (0, 2))})
     tensors["a"][-1] = 1
     tensors["a"].flush()
-    read = _tensors.open_tensors(tmp_path / "t.safetensors")
+    read = tensor_files.open_tensors(tmp_path / "t.safetensors")
     assert (read["a"][0], read["a"][-1], read["a"].shape, read["b"].shape) == (0, 1, (600_000,), (0, 2))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CorpusError, DatastoreCorrupt, KeyOverflow, ModelError, ShapeError
 from ._manifest import Part
-from ._tensors import Layout, create_tensors, open_tensors
+from ..tensors import Layout, create_tensors, open_tensors
 
 KEY_TYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16)}
 

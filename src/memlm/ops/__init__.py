@@ -3,6 +3,7 @@
 from ._adapter import adapted_log_weights as adapted_log_weights
 from ._cache import cache_scores as cache_scores
 from ._cache import shared_softmax_weight as shared_softmax_weight
+from ._external import read_rows as read_rows
 from ._interpolation import interpolate as interpolate
 from ._interpolation import interpolate_sparse as interpolate_sparse
 from ._knn import aggregate_by_token as aggregate_by_token
@@ -35,6 +36,7 @@ __all__ = [
     "knn_log_weights",
     "knn_target_log_probs",
     "logistic_weight",
+    "read_rows",
     "scaled_similarities",
     "second_interpolation",
     "shared_softmax_weight",

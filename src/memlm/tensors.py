@@ -11,11 +11,12 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import safetensors
 
-from ..errors import DatastoreCorrupt
+from .errors import DatastoreCorrupt
 
 # safetensors name → NumPy type of the map; bfloat16, which NumPy lacks, is mapped as int16
 _TYPES: dict[str, Any] = {
     "F16": np.float16,
+    "F32": np.float32,
     "BF16": np.int16,
     "U8": np.uint8,
     "U16": np.uint16,
@@ -23,6 +24,7 @@ _TYPES: dict[str, Any] = {
     "I64": np.int64,
 }
 Layout = dict[str, tuple[str, tuple[int, ...]]]
+Mode = Literal["r+", "c"]
 
 
 def create_tensors(path: Path, layout: Layout) -> dict[str, np.ndarray]:
@@ -61,8 +63,12 @@ def _reserve(file: BinaryIO, size: int) -> None:
         file.write(bytes(min(missing, 1 << 20)))
 
 
-def open_tensors(path: Path) -> dict[str, np.ndarray]:
+def open_tensors(path: Path, mode: Mode = "c") -> dict[str, np.ndarray]:
     """Map the tensors of a safetensors file.
+
+    Args:
+        path: The file.
+        mode: "c" is copy on write: nothing reaches the file, and torch takes it without a warning; "r+" writes to it.
 
     Raises:
         DatastoreCorrupt: The file is missing or is not a sound safetensors file.
@@ -70,12 +76,12 @@ def open_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, framework="np"):
             pass  # checks header, sizes and offsets
-        return _maps(path, "c")  # copy on write: nothing reaches the file, and torch takes it without a warning
+        return _maps(path, mode)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         raise DatastoreCorrupt(f"{path} cannot be read ({error}); restore it from a copy or build again") from error
 
 
-def _maps(path: Path, mode: Literal["r+", "c"]) -> dict[str, np.ndarray]:
+def _maps(path: Path, mode: Mode) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))

@@ -1,0 +1,122 @@
+"""A reader of external weights: what is trained once, in one layer of a frozen model, so that rows written later count."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError, DatastoreMismatch
+from ..ops import read_rows
+from ._bank import Bank
+from ._rows import Rows
+
+_SCALE = 10.0  # of cosines; 1 cannot be sharp
+_THRESHOLD = 0.5  # cosine of a row that weighs as much as nothing
+
+
+class RowReader(nn.Module):
+    """Reads rows beside a feed-forward layer: out(Σ w_i v_i), with w from the cosine of query and key.
+
+    Keys and queries are linear maps of what the feed-forward layer sees, normalized; a value is a linear map of the next
+    token's embedding. Before training, `out` is zero, and so is all that is read; without rows it stays so.
+
+    Args:
+        width: Of the model.
+        embedding_width: Of the model's input embeddings.
+        key_width: Of queries and keys.
+        value_width: Of values: the rank of what can be added.
+        top_k: Rows read at each position.
+
+    Attributes:
+        rows: What is read; None reads nothing.
+        amount: What was read in the last pass, 1 − w_0, shape (positions,), detached; for monitoring.
+    """
+
+    def __init__(self, width: int, embedding_width: int, *, key_width: int = 64, value_width: int = 64, top_k: int = 8):
+        super().__init__()
+        for name, number in (("key_width", key_width), ("value_width", value_width), ("top_k", top_k)):
+            if number < 1:
+                raise ConfigError(f"{name} is {number}; expected a whole number of at least 1")
+        self.query = nn.Linear(width, key_width, bias=False)
+        self.key = nn.Linear(width, key_width, bias=False)
+        self.value = nn.Linear(embedding_width, value_width, bias=False)
+        self.out = nn.Linear(value_width, width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(_SCALE)))
+        self.threshold = nn.Parameter(torch.tensor(_THRESHOLD))
+        with torch.no_grad():
+            self.key.weight.copy_(self.query.weight)  # what was seen before is found from the start
+        nn.init.zeros_(self.out.weight)
+        self.top_k = top_k
+        self.rows: Rows | None = None
+        self.amount: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return what is to be added to the feed-forward's output.
+
+        Args:
+            hidden: Its input, shape (…, width).
+        """
+        if self.rows is None:
+            return torch.zeros_like(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            queries = F.normalize(self.query(_normed(hidden)), dim=-1).flatten(0, -2)  # (n, key width)
+            found = self.rows.nearest(queries, self.top_k)
+            keys, values, present = (item.to(hidden.device) for item in found)
+            read, amount = read_rows(
+                queries, keys, values, present, self.log_scale.exp(), self.threshold
+            )
+            self.amount = amount.detach()
+            return self.out(read).reshape(hidden.shape).to(hidden.dtype)
+
+    def encode(self, hidden: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """Make rows of a text.
+
+        Args:
+            hidden: What the feed-forward sees at some positions, shape (n, width).
+            following: Input embedding of the token after each, shape (n, embedding width).
+
+        Returns:
+            Keys, shape (n, key_width), and values, shape (n, value_width); float32.
+        """
+        return F.normalize(self.key(_normed(hidden)), dim=-1), self.value(_normed(following))
+
+    @contextmanager
+    def reading(self, rows: Rows | None) -> Iterator[None]:
+        """Read other rows inside the block, or none."""
+        before, self.rows = self.rows, rows
+        try:
+            yield
+        finally:
+            self.rows = before
+
+    def read_from(self, bank: Bank) -> None:
+        """Read a table from now on.
+
+        Raises:
+            DatastoreMismatch: Another reader made its rows.
+        """
+        made_by = bank.note.get("reader")
+        if made_by != self.fingerprint():
+            raise DatastoreMismatch(
+                f"the rows of {bank.folder} were made by reader {str(made_by)[:12]}, this one is {self.fingerprint()[:12]}: "
+                "load the reader that was saved with them, or write the facts anew"
+            )
+        self.rows = bank
+
+    def fingerprint(self) -> str:
+        """Hash what rows depend on: the maps of keys and values."""
+        digest = hashlib.sha256()
+        for layer in (self.key, self.value):
+            digest.update(f"{tuple(layer.weight.shape)}".encode())
+            digest.update(layer.weight.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _normed(hidden: Tensor) -> Tensor:
+    return F.layer_norm(hidden.float(), hidden.shape[-1:])
