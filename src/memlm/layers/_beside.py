@@ -24,6 +24,9 @@ class Beside(nn.Module):
         self.inner = inner
         self.added = added
         self.train(inner.training)
+        # the model's own weights keep their names in its state, and so in what it saves
+        self.register_state_dict_post_hook(_shorten)
+        self.register_load_state_dict_pre_hook(_lengthen)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what the feed-forward does, with what is added to its first tensor."""
@@ -31,6 +34,18 @@ class Beside(nn.Module):
         if isinstance(output, tuple):  # experts return their routing, too
             return (output[0] + self.added(hidden).reshape(output[0].shape), *output[1:])
         return output + self.added(hidden)
+
+
+def _shorten(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    inner = f"{prefix}inner."
+    for name in [name for name in state if name.startswith(inner)]:
+        state[prefix + name.removeprefix(inner)] = state.pop(name)
+
+
+def _lengthen(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    added = f"{prefix}added."
+    for name in [name for name in state if name.startswith(prefix) and not name.startswith(added)]:
+        state[f"{prefix}inner.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 def put_beside(model: Any, layer: int, added: nn.Module) -> None:

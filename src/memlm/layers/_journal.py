@@ -115,13 +115,15 @@ class Journal:
             while size - file.tell() >= _RECORD.size:
                 place = file.tell()
                 count, length, check = _RECORD.unpack(file.read(_RECORD.size))
-                if length > size - file.tell():
-                    return  # cut off
+                if length != count * row_bytes:
+                    raise self._damaged(f"the record at byte {place} has another length")
                 data = file.read(length)
-                if length != count * row_bytes or zlib.crc32(data) != check:
+                if len(data) < length:
+                    return  # cut off
+                if zlib.crc32(data) != check:
                     if file.tell() == size:
                         return  # blocks of the last record never reached the disk
-                    raise self._damaged(f"the record at byte {place} is")
+                    raise self._damaged(f"the record at byte {place} has another checksum")
                 undo = _split(data, count, columns)
                 if count and not 0 <= undo.ids.min() <= undo.ids.max() < len(columns[0]):
                     raise self._damaged(f"the record at byte {place} names rows that there are not")

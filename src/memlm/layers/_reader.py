@@ -96,18 +96,18 @@ class RowReader(nn.Module):
             self.rows = before
 
     def read_from(self, bank: Bank) -> None:
-        """Read a table from now on.
+        """Read a table from now on; raises as `check` does."""
+        self.check(bank)
+        self.rows = bank
 
-        Raises:
-            DatastoreMismatch: Another reader made its rows.
-        """
+    def check(self, bank: Bank) -> None:
+        """Raise `DatastoreMismatch` if another reader made a table's rows."""
         made_by = bank.note.get("reader")
         if made_by != self.fingerprint():
             raise DatastoreMismatch(
-                f"the rows of {bank.folder} were made by reader {str(made_by)[:12]}, this one is {self.fingerprint()[:12]}: "
-                "load the reader that was saved with them, or write the facts anew"
+                f"the rows of {bank.folder} are those of reader {str(made_by)[:12]}, this one is {self.fingerprint()[:12]}: "
+                "load the reader that was saved for them, or create a table for this one and write the facts again"
             )
-        self.rows = bank
 
     def fingerprint(self) -> str:
         """Hash what rows depend on: the maps of keys and values."""

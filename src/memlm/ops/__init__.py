@@ -10,6 +10,9 @@ from ._knn import aggregate_by_token as aggregate_by_token
 from ._knn import knn_log_probs as knn_log_probs
 from ._knn import knn_log_weights as knn_log_weights
 from ._knn import knn_target_log_probs as knn_target_log_probs
+from ._product_keys import product_key_top_k as product_key_top_k
+from ._product_keys import read_slots as read_slots
+from ._row_adam import row_adam as row_adam
 from ._shared_softmax import capped as capped
 from ._shared_softmax import scaled_similarities as scaled_similarities
 from ._shared_softmax import second_interpolation as second_interpolation
@@ -36,7 +39,10 @@ __all__ = [
     "knn_log_weights",
     "knn_target_log_probs",
     "logistic_weight",
+    "product_key_top_k",
     "read_rows",
+    "read_slots",
+    "row_adam",
     "scaled_similarities",
     "second_interpolation",
     "shared_softmax_weight",
