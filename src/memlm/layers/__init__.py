@@ -1,23 +1,43 @@
-"""Trainable memory as torch modules: inside the model, or read by it from outside."""
+"""Memory inside a model, and what it reads from outside: torch modules, and what puts them into Hugging Face decoders."""
 
 from ._bank import Bank as Bank
 from ._bank import Committed as Committed
 from ._beside import add_row_reader as add_row_reader
-from ._beside import take_away as take_away
+from ._beside import remove_beside as remove_beside
 from ._facts import create_fact_bank as create_fact_bank
+from ._facts import delete_facts as delete_facts
+from ._facts import hidden_of as hidden_of
+from ._facts import owner_of as owner_of
 from ._facts import rows_of as rows_of
+from ._facts import write_facts as write_facts
 from ._reader import RowReader as RowReader
 from ._rows import Nearest as Nearest
+from ._rows import Rows as Rows
 from ._rows import TensorRows as TensorRows
+from ._save_reader import load_row_reader as load_row_reader
+from ._save_reader import save_row_reader as save_row_reader
+from ._trained_rows import RowTraining as RowTraining
+from ._trained_rows import TrainedRows as TrainedRows
+from ._trained_rows import add_trained_rows as add_trained_rows
 
 __all__ = [
     "Bank",
     "Committed",
     "Nearest",
     "RowReader",
+    "RowTraining",
+    "Rows",
     "TensorRows",
+    "TrainedRows",
     "add_row_reader",
+    "add_trained_rows",
     "create_fact_bank",
+    "delete_facts",
+    "hidden_of",
+    "load_row_reader",
+    "owner_of",
+    "remove_beside",
     "rows_of",
-    "take_away",
+    "save_row_reader",
+    "write_facts",
 ]

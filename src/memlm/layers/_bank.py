@@ -354,7 +354,9 @@ class Bank:
     def __enter__(self) -> Bank:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
         if kind is None and self.writable and self._saved:
             self.commit(self.committed.tensors, self.committed.note)
         self.close()
@@ -372,7 +374,9 @@ class Bank:
     def _stored(self, name: str, item: Tensor) -> Tensor:
         item = item.detach().cpu().to(self._tensor(name).dtype)
         if not item.isfinite().all():
-            raise KeyOverflow(f"{name} for {self.folder} hold NaN or infinite numbers; nothing was written: check what made them")
+            raise KeyOverflow(
+                f"{name} for {self.folder} hold NaN or infinite numbers; nothing was written: check what made them"
+            )
         return item
 
     def _flush(self) -> None:
@@ -427,7 +431,9 @@ def _description(folder: Path) -> dict[str, Any]:
             raise ValueError(f"its format is {described['format']!r}")
         version = int(described["version"])
         if version > VERSION:
-            raise FormatVersionError(f"{folder} has version {version} of the format, this memlm knows {VERSION}; update memlm")
+            raise FormatVersionError(
+                f"{folder} has version {version} of the format, this memlm knows {VERSION}; update memlm"
+            )
         sizes = [described[name] for name in ("rows", "key_width", "value_width")]
         if not all(isinstance(size, int) and size >= 0 for size in sizes):
             raise ValueError(f"its sizes are {sizes}")

@@ -62,19 +62,23 @@ def put_beside(model: Any, layer: int, added: nn.Module) -> None:
     """
     found = feed_forward_of(model, layer)
     if isinstance(inner := _inner(found), Beside):
-        raise ConfigError(f"{found.path} has a {type(inner.added).__name__} already; remove it first, or name another layer")
+        raise ConfigError(
+            f"{found.path} has a {type(inner.added).__name__} already; remove it first, or name another layer"
+        )
     added.to(next(inner.parameters()).device)
     setattr(found.module, str(found.feed_forward), Beside(inner, added))
 
 
-def take_away(model: Any, added: nn.Module) -> None:
+def remove_beside(model: Any, added: nn.Module) -> None:
     """Undo `put_beside`: the model is bit for bit what it was."""
     for layer in decoder_layers(model):
         inner = _inner(layer) if layer.feed_forward else None
         if isinstance(inner, Beside) and inner.added is added:
             setattr(layer.module, str(layer.feed_forward), inner.inner)
             return
-    raise ModelError(f"the {type(added).__name__} is beside no layer of this {type(model).__name__}; it was removed already")
+    raise ModelError(
+        f"the {type(added).__name__} is beside no layer of this {type(model).__name__}; it was removed already"
+    )
 
 
 def feed_forward_of(model: Any, layer: int) -> DecoderLayer:

@@ -55,7 +55,9 @@ def hidden_of(model: Any, reader: RowReader, sequences: Sequence[Sequence[int]])
     return hidden.reshape(*ids.shape, -1)[:, :-1], embedding(ids[:, 1:]), known
 
 
-def rows_of(model: Any, reader: RowReader, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[TensorRows]:
+def rows_of(
+    model: Any, reader: RowReader, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+) -> list[TensorRows]:
     """Make the rows of some texts, with gradients to the reader: one for each token but the first ones.
 
     Args:
@@ -145,7 +147,9 @@ def reader_of(model: Any) -> RowReader:
     """
     found = [module for module in model.modules() if isinstance(module, RowReader)]
     if len(found) != 1:
-        raise ModelError(f"this {type(model).__name__} has {len(found)} readers of rows; expected one, by add_row_reader")
+        raise ModelError(
+            f"this {type(model).__name__} has {len(found)} readers of rows; expected one, by add_row_reader"
+        )
     return found[0]
 
 

@@ -68,11 +68,22 @@ class RowReader(nn.Module):
             queries = F.normalize(self.query(_normed(hidden)), dim=-1).flatten(0, -2)  # (n, key width)
             found = self.rows.nearest(queries, self.top_k)
             keys, values, present = (item.to(hidden.device) for item in found)
-            read, amount = read_rows(
-                queries, keys, values, present, self.log_scale.exp(), self.threshold
-            )
+            read, amount = read_rows(queries, keys, values, present, self.log_scale.exp(), self.threshold)
             self.amount = amount.detach()
             return self.out(read).reshape(hidden.shape).to(hidden.dtype)
+
+    def scores(self, hidden: Tensor, keys: Tensor) -> Tensor:
+        """Return what decides how much each row is read, for training: the logits of nothing, which is 0, and of all rows.
+
+        Args:
+            hidden: What the feed-forward sees, shape (n, width).
+            keys: Shape (rows, key_width).
+
+        Returns:
+            Float32, shape (n, 1 + rows).
+        """
+        queries = F.normalize(self.query(_normed(hidden)), dim=-1)
+        return F.pad(self.log_scale.exp() * (queries @ keys.T - self.threshold), (1, 0))
 
     def encode(self, hidden: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
         """Make rows of a text.

@@ -56,5 +56,9 @@ class TensorRows:
             ids, present = (torch.nn.functional.pad(item, missing) for item in (ids, present))
         if not found:
             empty = (len(queries), k)
-            return Nearest(self.keys.new_zeros(*empty, self.keys.shape[1]), self.values.new_zeros(*empty, self.values.shape[1]), present)
+            return Nearest(
+                self.keys.new_zeros(*empty, self.keys.shape[1]),
+                self.values.new_zeros(*empty, self.values.shape[1]),
+                present,
+            )
         return Nearest(self.keys[ids], self.values[ids], present)

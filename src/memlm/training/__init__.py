@@ -7,6 +7,10 @@ from ._memories import Local as Local
 from ._memories import LongTerm as LongTerm
 from ._memories import Places as Places
 from ._memories import TrainingMemory as TrainingMemory
+from ._reader import Asked as Asked
+from ._reader import ReaderLoss as ReaderLoss
+from ._reader import reader_loss as reader_loss
+from ._reader import train_reader as train_reader
 from ._recipe import ModelShape as ModelShape
 from ._recipe import Recipe as Recipe
 from ._recipe import load_recipe as load_recipe
@@ -23,6 +27,7 @@ from ._trime_recipe import TrimeSchedule as TrimeSchedule
 from ._trime_recipe import load_trime_recipe as load_trime_recipe
 
 __all__ = [
+    "Asked",
     "Batches",
     "External",
     "Local",
@@ -30,6 +35,7 @@ __all__ = [
     "MemorySettings",
     "ModelShape",
     "Places",
+    "ReaderLoss",
     "Recipe",
     "Segments",
     "TrainingMemory",

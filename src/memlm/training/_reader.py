@@ -1,0 +1,162 @@
+"""Training a reader of external weights on facts that are written anew in every step, so that it learns to read, not them.
+
+Each step writes the facts of an episode, asks for each in other words, and looks at text without facts. The rows are made
+with gradients, so the maps of keys and values learn, too. The loss has four parts, all means in nats: the answers; which
+row was found for each token of an answer, nothing being one of them; that nothing is found elsewhere; and how much
+other text is changed. KBLaM (Wang et al. 2024, arXiv:2410.10450) trains linear maps to keys and values of a frozen model in the same spirit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..layers import RowReader, TensorRows, hidden_of, rows_of
+from ..progress import progress
+
+
+class Asked(NamedTuple):
+    """A fact and a question for it.
+
+    Attributes:
+        fact: Token ids, as it is written.
+        place: Where in it the answer begins.
+        question: Token ids in other words, the answer at its end.
+        start: Where in it the answer begins.
+    """
+
+    fact: Sequence[int]
+    place: int
+    question: Sequence[int]
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderLoss:
+    """Parts of the loss of a step, in nats.
+
+    Attributes:
+        answers: Cross-entropy of the answers' tokens.
+        found: Cross-entropy of the right row for each of these.
+        silent: Cross-entropy of no row at other tokens.
+        changed: Kullback-Leibler divergence of the next-token distribution from the frozen model's, on other text.
+    """
+
+    answers: Tensor
+    found: Tensor
+    silent: Tensor
+    changed: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Return their sum."""
+        return self.answers + self.found + self.silent + self.changed
+
+
+def reader_loss(model: Any, reader: RowReader, asked: Sequence[Asked], text: Tensor) -> ReaderLoss:
+    """Write facts, ask for them, and read other text.
+
+    Args:
+        model: A frozen causal LM with the reader in it.
+        reader: What is trained.
+        asked: The facts of a step.
+        text: Token ids of other text, int64, shape (rows, length).
+
+    Raises:
+        ConfigError: A question's answer is not in its fact.
+    """
+    for item in asked:
+        answer = list(item.question[item.start :])
+        if not answer or item.place < 1 or item.start < 1 or list(item.fact[item.place :][: len(answer)]) != answer:
+            raise ConfigError(
+                f"the answer {answer} of a question is not at token {item.place} of its fact {list(item.fact)}; expected "
+                "the same tokens in both, after at least one other"
+            )
+    rows = rows_of(model, reader, [item.fact for item in asked], [1] * len(asked))
+    offsets = torch.tensor([0, *map(len, rows)]).cumsum(0).tolist()
+    written = TensorRows(torch.cat([item.keys for item in rows]), torch.cat([item.values for item in rows]))
+    questions = _padded([item.question for item in asked]).to(written.keys.device)  # (facts, length)
+    wanted = torch.full_like(
+        questions, -1
+    )  # of every position the row to be found plus one, 0 for none, −1 past the end
+    for number, item in enumerate(asked):
+        count = len(item.question) - item.start
+        wanted[number, : item.start - 1] = 0
+        first = offsets[number] + item.place  # a row stands one token before the one that it tells
+        wanted[number, item.start - 1 : item.start - 1 + count] = torch.arange(first, first + count)
+    here, there = (hidden_of(model, reader, ids.tolist())[0].flatten(0, 1) for ids in (questions, text))
+    wanted = wanted[:, :-1].flatten()
+    scores = reader.scores(torch.cat([here[wanted >= 0], there]), written.keys)  # (positions, 1 + rows)
+    targets = torch.cat([wanted[wanted >= 0], wanted.new_zeros(len(there))])
+    losses = F.cross_entropy(scores, targets, reduction="none")
+    text = text.to(questions.device)
+    with torch.no_grad(), reader.reading(None):
+        before = model(input_ids=text, use_cache=False).logits.float().log_softmax(dim=-1)
+    with reader.reading(written):
+        answers = model(input_ids=questions, use_cache=False).logits[:, :-1].flatten(0, 1)[wanted > 0]
+        after = model(input_ids=text, use_cache=False).logits.float().log_softmax(dim=-1)
+    return ReaderLoss(
+        answers=F.cross_entropy(answers.float(), questions[:, 1:].flatten()[wanted > 0]),
+        found=losses[targets > 0].mean(),
+        silent=losses[targets == 0].mean(),
+        changed=F.kl_div(after.flatten(0, 1), before.flatten(0, 1), log_target=True, reduction="batchmean"),
+    )
+
+
+def train_reader(
+    model: Any,
+    reader: RowReader,
+    episodes: Iterator[tuple[Sequence[Asked], Tensor]],
+    steps: int,
+    *,
+    learning_rate: float = 1e-2,
+    show_progress: bool = True,
+    after: Callable[[int, ReaderLoss], None] | None = None,
+) -> None:
+    """Train a reader in place; the model itself is not changed.
+
+    Args:
+        model: A causal LM with the reader in it.
+        reader: From `add_row_reader`.
+        episodes: Facts and other text of each step; see `reader_loss`.
+        steps: Optimizer steps.
+        learning_rate: Of AdamW, at its highest: it rises over the first twentieth and falls over the last 40 %.
+        show_progress: Show steps a second and time left on stderr.
+        after: Called with the number of steps made and the loss of the last one.
+    """
+    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    was_training = model.training
+    model.eval()  # without dropout: the model is to be read as it will be used
+    model.requires_grad_(False)
+    reader.requires_grad_(True)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=learning_rate, weight_decay=0.0)
+    try:
+        with progress("reader", steps, "steps", show=show_progress) as advance:
+            for step in range(steps):
+                loss = reader_loss(model, reader, *next(episodes))
+                optimizer.zero_grad()
+                loss.total.backward()
+                torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * min(1.0, 20 * (step + 1) / steps, (steps - step) / (0.4 * steps))
+                optimizer.step()
+                advance(1)
+                if after is not None:
+                    after(step + 1, loss)
+    finally:
+        for parameter, was_needed in needed:
+            parameter.requires_grad_(was_needed)
+        model.train(was_training)
+
+
+def _padded(sequences: Sequence[Sequence[int]]) -> Tensor:
+    ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
+    return ids
