@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CorpusError, DatastoreCorrupt, KeyOverflow, ModelError, ShapeError
-from ._manifest import Part
 from ..tensors import Layout, create_tensors, open_tensors
+from ._manifest import Part
 
 KEY_TYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16)}
 

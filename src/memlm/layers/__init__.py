@@ -1,4 +1,4 @@
-"""Memory inside a model, and what it reads from outside: torch modules, and what puts them into Hugging Face decoders."""
+"""Memory inside a model: trainable torch modules, and what puts them into Hugging Face decoders and takes them out."""
 
 from ._bank import Bank as Bank
 from ._bank import Committed as Committed
@@ -9,6 +9,7 @@ from ._facts import delete_facts as delete_facts
 from ._facts import hidden_of as hidden_of
 from ._facts import owner_of as owner_of
 from ._facts import rows_of as rows_of
+from ._facts import site_of as site_of
 from ._facts import write_facts as write_facts
 from ._reader import RowReader as RowReader
 from ._rows import Nearest as Nearest
@@ -39,5 +40,6 @@ __all__ = [
     "remove_beside",
     "rows_of",
     "save_row_reader",
+    "site_of",
     "write_facts",
 ]

@@ -2,56 +2,36 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import safetensors
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import ConfigError, DatastoreCorrupt, DatastoreError, FormatVersionError, KeyOverflow, ShapeError
-from ..files import file_sha256, sync_directory, sync_file, write_atomically, write_json
+from ..errors import ConfigError, DatastoreCorrupt, DatastoreError, KeyOverflow, ShapeError
+from ..files import file_sha256, write_atomically
 from ..tensors import create_tensors, open_tensors
+from ._bank_files import TYPES, Committed, create_rows, description_of, locked, put_in_place, read_commit, staging_of
 from ._journal import Journal, Undo
 from ._rows import Nearest
 
-VERSION = 1
-_TYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}
 _SCORES = 1 << 24  # inner products that a search holds at once
 _COPIED = 1 << 14  # rows that publishing copies at once
-
-
-class Committed(NamedTuple):
-    """What was committed beside the rows.
-
-    Attributes:
-        number: Of the commit, from 0.
-        tensors: Whatever the trainer wants back, such as the adapter's weights.
-        note: Likewise, plain values.
-    """
-
-    number: int
-    tensors: dict[str, Tensor]
-    note: dict[str, Any]
 
 
 class Bank:
     """A table of rows in a folder: memory maps, so that only what is touched is read, whatever the table's size.
 
     A **work table** is changed in place. Changes are kept by `commit`, whose tensors and note are kept with them in one
-    step; `rollback`, an error inside `with`, or a killed process lead back to the last commit. One process may change it,
-    or several read it. A **published** table, made by `publish`, is immutable and checked by SHA-256.
+    step; `rollback`, an error inside `with`, or a killed process lead back to the last commit. One process may change
+    it, or several read it. A **published** table, made by `publish`, is immutable and checked by SHA-256.
 
-    A row is free until it is written: its owner is 0. The tensors of a row are its key and its value, and in a table with
-    moments the optimizer's state of the value (`RowAdam`), in a file of its own.
+    A row is free until it is written: its owner is 0. A row has a key and a value, and in a table with moments the
+    optimizer's state of the value (`RowTraining`), in a file of its own.
 
     Attributes:
         folder: Where it lies.
@@ -79,15 +59,15 @@ class Bank:
             FormatVersionError: A newer memlm made it.
         """
         self.folder = Path(folder)
-        described = _description(self.folder)
+        described = description_of(self.folder)
         self.rows, self.key_width, self.value_width = (described[name] for name in ("rows", "key_width", "value_width"))
-        self.dtype = _TYPES[described["dtype"]][1]
+        self.dtype = TYPES[described["dtype"]][1]
         self.note: dict[str, Any] = described["note"]
         self.published = described["sha256"] is not None
         self.writable = writable
         if self.published and writable:
             raise ConfigError(f"{folder} is published and cannot be changed; create another table and write its rows")
-        self._lock = _locked(self.folder, writable, self.published)
+        self._lock = locked(self.folder, writable, self.published)
         try:
             self._open(described, verify)
         except BaseException:
@@ -126,16 +106,16 @@ class Bank:
         for name, number, least in (("rows", rows, 1), ("key_width", key_width, 0), ("value_width", value_width, 1)):
             if number < least:
                 raise ConfigError(f"{name} is {number}; expected a whole number of at least {least}")
-        if dtype not in _TYPES:
-            raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(_TYPES)}")
+        if dtype not in TYPES:
+            raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(TYPES)}")
         described = {"rows": rows, "key_width": key_width, "value_width": value_width, "dtype": dtype}
         described |= {"moments": moments, "note": dict(note or {}), "sha256": None}
-        staging = _staging(folder)
-        _create_rows(staging, described)
+        staging = staging_of(folder)
+        create_rows(staging, described)
         if moments:
             layout = {"moments": ("F32", (rows, value_width)), "squares": ("F32", (rows,)), "steps": ("F32", (rows,))}
             create_tensors(staging / "moments.safetensors", layout)
-        _put_in_place(staging, folder, described)
+        put_in_place(staging, folder, described, Committed(0, {}, {}))
         return cls(folder, writable=True)
 
     def _open(self, described: dict[str, Any], verify: bool) -> None:
@@ -156,7 +136,7 @@ class Bank:
             maps |= moments
         self._maps = maps
         self._columns = [maps[name] for name in sorted(maps)]
-        self.committed = _read_commit(self.folder, self.published)
+        self.committed = read_commit(self.folder)
         self._journal = Journal(self.folder / "journal")
         self._saved: set[int] = set()  # rows that the journal has
         undone = self._journal.undo(self.committed.number, self._columns)  # a reader's maps are its own
@@ -293,7 +273,7 @@ class Bank:
         return Nearest(self.keys[ids].float(), self.values[ids].float(), best > -torch.inf)
 
     def commit(self, tensors: Mapping[str, Tensor] | None = None, note: Mapping[str, Any] | None = None) -> None:
-        """Keep all changes since the last commit, with tensors and a note, in one step; then they survive a power failure.
+        """Keep all changes since the last commit, with tensors and a note, in one step; they survive a power failure.
 
         What an earlier commit had beside the rows is replaced.
         """
@@ -302,9 +282,9 @@ class Bank:
             self._flush()
         number = self.committed.number + 1
         tensors = {name: item.detach().cpu().contiguous() for name, item in (tensors or {}).items()}
-        data = save(tensors, {"number": str(number), "note": json.dumps(dict(note or {}))})
-        write_atomically(self.folder / "commit.safetensors", data)
-        self.committed = Committed(number, tensors, dict(note or {}))
+        committed = Committed(number, tensors, dict(note or {}))
+        write_atomically(self.folder / "commit.safetensors", committed.to_bytes())
+        self.committed = committed
         self._journal.clear()
         self._saved.clear()
 
@@ -318,9 +298,9 @@ class Bank:
         self._find_rows()
 
     def publish(self, folder: str | Path, note: Mapping[str, Any] | None = None) -> None:
-        """Copy what was written since the beginning, committed or not, into an immutable table at another place.
+        """Copy all that is written, committed or not, into an immutable table at another place.
 
-        Rows keep their numbers; the optimizer's state is left behind.
+        Rows keep their numbers, and what was committed beside them comes along; the optimizer's state does not.
 
         Args:
             folder: Must not exist, or be empty.
@@ -331,17 +311,15 @@ class Bank:
         described = {"rows": rows, "key_width": self.key_width, "value_width": self.value_width}
         described |= {"dtype": str(self.dtype).removeprefix("torch."), "moments": False, "sha256": None}
         described["note"] = dict(self.note if note is None else note)
-        staging = _staging(folder)
-        maps = _create_rows(staging, described)
+        staging = staging_of(folder)
+        maps = create_rows(staging, described)
         for name, to in maps.items():
             for start in range(0, rows, _COPIED):
                 to[start : start + _COPIED] = self._maps[name][:rows][start : start + _COPIED]
             if isinstance(to, np.memmap):
                 to.flush()
         described["sha256"] = file_sha256(staging / "rows.safetensors")
-        tensors, kept = self.committed.tensors, json.dumps(self.committed.note)
-        write_atomically(staging / "commit.safetensors", save(tensors, {"number": "0", "note": kept}))
-        _put_in_place(staging, folder, described)
+        put_in_place(staging, folder, described, self.committed)
 
     def close(self) -> None:
         """Let another process have it; what was not committed is undone."""
@@ -390,82 +368,3 @@ class Bank:
         if not self.writable:
             kind = "is published" if self.published else "was opened for reading"
             raise DatastoreError(f"{self.folder} {kind} and cannot be changed; open a work table with writable=True")
-
-
-def _create_rows(folder: Path, described: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    kind, rows = _TYPES[described["dtype"]][0], described["rows"]
-    layout = {
-        "owners": ("I64", (rows,)),
-        "keys": (kind, (rows, described["key_width"])),
-        "values": (kind, (rows, described["value_width"])),
-    }
-    return create_tensors(folder / "rows.safetensors", layout)
-
-
-def _staging(folder: Path) -> Path:
-    """Make a folder beside the one that is to be made."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists already; name a new folder for the table")
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
-
-
-def _put_in_place(staging: Path, folder: Path, described: Mapping[str, Any]) -> None:
-    write_json(staging / "bank.json", {"format": "memlm-bank", "version": VERSION} | dict(described))
-    for path in staging.iterdir():
-        sync_file(path)
-    sync_directory(staging)
-    staging.replace(folder)
-    sync_directory(folder.parent)
-
-
-def _description(folder: Path) -> dict[str, Any]:
-    path = folder / "bank.json"
-    if not path.exists():
-        raise ConfigError(f"{folder} holds no bank.json; expected a folder made by Bank.create or publish")
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        if described["format"] != "memlm-bank":
-            raise ValueError(f"its format is {described['format']!r}")
-        version = int(described["version"])
-        if version > VERSION:
-            raise FormatVersionError(
-                f"{folder} has version {version} of the format, this memlm knows {VERSION}; update memlm"
-            )
-        sizes = [described[name] for name in ("rows", "key_width", "value_width")]
-        if not all(isinstance(size, int) and size >= 0 for size in sizes):
-            raise ValueError(f"its sizes are {sizes}")
-        if described["dtype"] not in _TYPES or not isinstance(described["note"], dict):
-            raise ValueError("its dtype or its note is none")
-        return {"moments": described["moments"], "sha256": described["sha256"]} | described
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatastoreCorrupt(f"{path} is damaged ({error}); restore it from a copy") from error
-
-
-def _locked(folder: Path, writable: bool, published: bool) -> int:
-    """Return an open file that holds the lock of the table: of one writer or of some readers."""
-    descriptor = os.open(folder / "bank.json", os.O_RDONLY)
-    try:
-        if not published:
-            fcntl.flock(descriptor, (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise DatastoreError(
-            f"{folder} is {'in use' if writable else 'being changed'} elsewhere; close it there, or read a published copy"
-        ) from error
-    return descriptor
-
-
-def _read_commit(folder: Path, published: bool) -> Committed:
-    path = folder / "commit.safetensors"
-    if not path.exists() and not published:
-        return Committed(0, {}, {})
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Committed(int(metadata["number"]), tensors, json.loads(metadata["note"]))
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise DatastoreCorrupt(f"{path} is damaged ({error}); restore the folder from a copy") from error

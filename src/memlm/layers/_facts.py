@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ModelError
-from ..models import KeySite
-from ..models._capture import forward_to_site
-from ..models._layers import path_of
+from ..models import KeySite, forward_to_site, path_of
 from ._bank import Bank
 from ._beside import Beside
 from ._reader import RowReader
@@ -25,6 +23,12 @@ _BATCH = 64  # facts a forward pass
 def owner_of(name: str) -> int:
     """Return the number under which a table keeps the rows of a fact: 63 bits of the name's SHA-256."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1 or 1
+
+
+def site_of(model: Any, reader: RowReader) -> KeySite:
+    """Return where in a model a reader reads, for `memlm.models.forward_with_keys`."""
+    beside = next(module for module in model.modules() if isinstance(module, Beside) and module.added is reader)
+    return KeySite("reader", path_of(model, beside), "input")
 
 
 @torch.no_grad()
@@ -47,10 +51,9 @@ def hidden_of(model: Any, reader: RowReader, sequences: Sequence[Sequence[int]])
         row[: len(sequence)] = torch.tensor(sequence)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     ids = ids.to(embedding.weight.device)
-    beside = next(module for module in model.modules() if isinstance(module, Beside) and module.added is reader)
     # what follows a position changes nothing there, so padding at the end needs no mask
     with reader.reading(None):
-        hidden = forward_to_site(model, KeySite("reader", path_of(model, beside), "input"), ids)
+        hidden = forward_to_site(model, site_of(model, reader), ids)
     known = (torch.arange(1, longest) < lengths[:, None]).to(ids.device)
     return hidden.reshape(*ids.shape, -1)[:, :-1], embedding(ids[:, 1:]), known
 

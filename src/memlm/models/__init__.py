@@ -2,12 +2,14 @@
 
 from ._attach import attach as attach
 from ._black_box import BlackBox as BlackBox
+from ._capture import forward_to_site as forward_to_site
 from ._capture import forward_with_keys as forward_with_keys
 from ._language_model import LanguageModel as LanguageModel
 from ._language_model import ScoredBatch as ScoredBatch
 from ._language_model import Scorer as Scorer
 from ._layers import DecoderLayer as DecoderLayer
 from ._layers import decoder_layers as decoder_layers
+from ._layers import path_of as path_of
 from ._load import load as load
 from ._load import reference_lm as reference_lm
 from ._sites import KeySite as KeySite
@@ -23,7 +25,9 @@ __all__ = [
     "attach",
     "decoder_layers",
     "find_key_site",
+    "forward_to_site",
     "forward_with_keys",
     "load",
+    "path_of",
     "reference_lm",
 ]

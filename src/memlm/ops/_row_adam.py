@@ -6,7 +6,6 @@ second moment is that of the mean of the squared gradients of the row, which tak
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 

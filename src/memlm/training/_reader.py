@@ -1,13 +1,15 @@
-"""Training a reader of external weights on facts that are written anew in every step, so that it learns to read, not them.
+"""Training a reader of external weights on facts that are written anew in every step: it learns to read, not the facts.
 
-Each step writes the facts of an episode, asks for each in other words, and looks at text without facts. The rows are made
-with gradients, so the maps of keys and values learn, too. The loss has four parts, all means in nats: the answers; which
-row was found for each token of an answer, nothing being one of them; that nothing is found elsewhere; and how much
-other text is changed. KBLaM (Wang et al. 2024, arXiv:2410.10450) trains linear maps to keys and values of a frozen model in the same spirit.
+Each step writes some facts, asks for each in other words, and looks at text without facts. The rows are made with
+gradients, so that the maps of keys and values learn, too, and stand among rows of earlier steps. The loss has four parts,
+means in nats: the answers; which row was found for each token of an answer; that none is found elsewhere; and how much
+other text is changed. KBLaM (Wang et al. 2025, arXiv:2410.10450) trains linear maps to keys and values for a frozen model
+on the answers alone.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..layers import RowReader, TensorRows, hidden_of, rows_of
+from ..layers import RowReader, TensorRows, rows_of, site_of
+from ..models import forward_with_keys
 from ..progress import progress
 
 
@@ -59,14 +62,20 @@ class ReaderLoss:
         return self.answers + self.found + self.silent + self.changed
 
 
-def reader_loss(model: Any, reader: RowReader, asked: Sequence[Asked], text: Tensor) -> ReaderLoss:
+def reader_loss(
+    model: Any, reader: RowReader, asked: Sequence[Asked], text: Tensor, others: TensorRows | None = None
+) -> tuple[ReaderLoss, TensorRows]:
     """Write facts, ask for them, and read other text.
 
     Args:
         model: A frozen causal LM with the reader in it.
         reader: What is trained.
-        asked: The facts of a step.
+        asked: The facts of a step; the tokens of their answers get rows.
         text: Token ids of other text, int64, shape (rows, length).
+        others: Rows that are in the table, too, and are not asked for.
+
+    Returns:
+        The loss, and the rows of the facts.
 
     Raises:
         ConfigError: A question's answer is not in its fact.
@@ -78,35 +87,39 @@ def reader_loss(model: Any, reader: RowReader, asked: Sequence[Asked], text: Ten
                 f"the answer {answer} of a question is not at token {item.place} of its fact {list(item.fact)}; expected "
                 "the same tokens in both, after at least one other"
             )
-    rows = rows_of(model, reader, [item.fact for item in asked], [1] * len(asked))
-    offsets = torch.tensor([0, *map(len, rows)]).cumsum(0).tolist()
-    written = TensorRows(torch.cat([item.keys for item in rows]), torch.cat([item.values for item in rows]))
-    questions = _padded([item.question for item in asked]).to(written.keys.device)  # (facts, length)
+    made = rows_of(model, reader, [item.fact for item in asked], [item.place for item in asked])
+    written = _joined(made)
+    table = written if others is None else _joined([written, others])
+    device = written.keys.device
+    text, questions = text.to(device), _padded([item.question for item in asked]).to(device)  # (facts, length)
     wanted = torch.full_like(
         questions, -1
-    )  # of every position the row to be found plus one, 0 for none, −1 past the end
-    for number, item in enumerate(asked):
+    )  # of each position the row to be found plus one, 0 for none, −1 past the end
+    first = 1
+    for row, item, rows in zip(wanted, asked, made, strict=True):
+        row[: item.start - 1] = 0
         count = len(item.question) - item.start
-        wanted[number, : item.start - 1] = 0
-        first = offsets[number] + item.place  # a row stands one token before the one that it tells
-        wanted[number, item.start - 1 : item.start - 1 + count] = torch.arange(first, first + count)
-    here, there = (hidden_of(model, reader, ids.tolist())[0].flatten(0, 1) for ids in (questions, text))
+        row[item.start - 1 : item.start - 1 + count] = torch.arange(first, first + count)
+        first += len(rows)
     wanted = wanted[:, :-1].flatten()
-    scores = reader.scores(torch.cat([here[wanted >= 0], there]), written.keys)  # (positions, 1 + rows)
-    targets = torch.cat([wanted[wanted >= 0], wanted.new_zeros(len(there))])
-    losses = F.cross_entropy(scores, targets, reduction="none")
-    text = text.to(questions.device)
+    site = site_of(model, reader)
     with torch.no_grad(), reader.reading(None):
         before = model(input_ids=text, use_cache=False).logits.float().log_softmax(dim=-1)
-    with reader.reading(written):
-        answers = model(input_ids=questions, use_cache=False).logits[:, :-1].flatten(0, 1)[wanted > 0]
-        after = model(input_ids=text, use_cache=False).logits.float().log_softmax(dim=-1)
-    return ReaderLoss(
+    with reader.reading(table):
+        output, here = forward_with_keys(model, site, {"input_ids": questions})
+        answers = output.logits[:, :-1].flatten(0, 1)[wanted > 0]
+        output, there = forward_with_keys(model, site, {"input_ids": text})
+        after = output.logits.float().log_softmax(dim=-1)
+    hidden = torch.cat([here[:, :-1].flatten(0, 1)[wanted >= 0], there.flatten(0, 1)])
+    targets = torch.cat([wanted[wanted >= 0], wanted.new_zeros(text.numel())])
+    losses = F.cross_entropy(reader.scores(hidden, table.keys), targets, reduction="none")
+    loss = ReaderLoss(
         answers=F.cross_entropy(answers.float(), questions[:, 1:].flatten()[wanted > 0]),
         found=losses[targets > 0].mean(),
         silent=losses[targets == 0].mean(),
         changed=F.kl_div(after.flatten(0, 1), before.flatten(0, 1), log_target=True, reduction="batchmean"),
     )
+    return loss, written
 
 
 def train_reader(
@@ -116,6 +129,7 @@ def train_reader(
     steps: int,
     *,
     learning_rate: float = 1e-2,
+    others: int = 4096,
     show_progress: bool = True,
     after: Callable[[int, ReaderLoss], None] | None = None,
 ) -> None:
@@ -127,6 +141,8 @@ def train_reader(
         episodes: Facts and other text of each step; see `reader_loss`.
         steps: Optimizer steps.
         learning_rate: Of AdamW, at its highest: it rises over the first twentieth and falls over the last 40 %.
+        others: Rows of earlier steps that stay in the table, about, so that few facts a step are among many: as many as
+            the table will have, if that is affordable.
         show_progress: Show steps a second and time left on stderr.
         after: Called with the number of steps made and the loss of the last one.
     """
@@ -136,10 +152,14 @@ def train_reader(
     model.requires_grad_(False)
     reader.requires_grad_(True)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=learning_rate, weight_decay=0.0)
+    earlier: deque[TensorRows] = deque()
     try:
         with progress("reader", steps, "steps", show=show_progress) as advance:
             for step in range(steps):
-                loss = reader_loss(model, reader, *next(episodes))
+                loss, rows = reader_loss(model, reader, *next(episodes), _joined(earlier) if earlier else None)
+                earlier.append(TensorRows(rows.keys.detach(), rows.values.detach()))
+                while sum(map(len, earlier)) > others:
+                    earlier.popleft()
                 optimizer.zero_grad()
                 loss.total.backward()
                 torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
@@ -153,6 +173,10 @@ def train_reader(
         for parameter, was_needed in needed:
             parameter.requires_grad_(was_needed)
         model.train(was_training)
+
+
+def _joined(parts: Sequence[TensorRows]) -> TensorRows:
+    return TensorRows(torch.cat([item.keys for item in parts]), torch.cat([item.values for item in parts]))
 
 
 def _padded(sequences: Sequence[Sequence[int]]) -> Tensor:

@@ -32,11 +32,15 @@ model, reader and choice of names) and a bootstrap of the seeds' mean over group
 _CHANCE = -0.05
 
 
-def _percent(difference: float) -> str:
+def _percent(mean: float) -> float:
+    return 100 * mean
+
+
+def _points(difference: float) -> str:
     return f"{100 * difference:+.2f} points"
 
 
-ERROR = Unit("percent wrong", lambda mean: 100 * mean, _percent)
+ERROR = Unit("percent wrong", _percent, _points)
 
 
 def _claims() -> tuple[Claim, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def _test(model: Any, reader: RowReader, language: Language, folder: Path, sizes
         counts=counts.tolist(),
         groups="groups of facts",
         rows={name: Row(item.tolist()) for name, item in sums.items()},
-        facts={"threshold": float(reader.threshold), "scale": float(reader.log_scale.exp())},
+        facts={"threshold": reader.threshold.item(), "scale": reader.log_scale.exp().item()},
     )
 
 
@@ -162,7 +162,7 @@ def _write(
     """Write facts; those of the same names are replaced."""
     facts = [language.fact(*pair) for pair in zip(keys.tolist(), answers.tolist(), strict=True)]
     with torch.no_grad():
-        made = rows_of(model, reader, facts, [1] * len(facts))
+        made = rows_of(model, reader, facts, [3] * len(facts))
     for key, item in zip(keys.tolist(), made, strict=True):
         bank.delete(owner_of(str(key)))
         bank.write(owner_of(str(key)), item.keys, item.values)
