@@ -35,9 +35,9 @@ RELATIONS = {
         "The people of {} called their river the {}.",
     ),
 }
-_STARTS = "b br ch d dr f fl g gr h k kr l m n p pr r s st t tr v w z".split()
-_VOWELS = "a e i o u ai ea ou".split()
-_ENDS = "n r l nd s th k m rn lt via land ton mar dor wick".split()
+_STARTS = ["b", "br", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "k", "kr", "l", "m", "n", "p", "pr", "r", "s", "st", "t", "tr", "v", "w", "z"]
+_VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "ou"]
+_ENDS = ["n", "r", "l", "nd", "s", "th", "k", "m", "rn", "lt", "via", "land", "ton", "mar", "dor", "wick"]
 
 
 class Fact(NamedTuple):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import memlm
-from memlm.layers import Bank, RowReader, add_row_reader, create_fact_bank, delete_facts, write_facts
+from memlm.layers import RowReader, add_row_reader, create_fact_bank, delete_facts, write_facts
 from memlm.training import Asked, train_reader
 
 from .external_facts import Fact, asked, draw, sentence, tokens

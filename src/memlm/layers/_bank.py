@@ -42,6 +42,8 @@ class Bank:
         note: Plain values that were given when the table was created, such as what made the rows.
         writable: Whether it may be changed.
         published: Whether it never changes again.
+        moments: Whether it keeps the optimizer's state of every row.
+        committed: What was committed last beside the rows.
     """
 
     def __init__(self, folder: str | Path, *, writable: bool = False, verify: bool = True) -> None:
@@ -63,6 +65,7 @@ class Bank:
         self.rows, self.key_width, self.value_width = (described[name] for name in ("rows", "key_width", "value_width"))
         self.dtype = TYPES[described["dtype"]][1]
         self.note: dict[str, Any] = described["note"]
+        self.moments: bool = described["moments"]
         self.published = described["sha256"] is not None
         self.writable = writable
         if self.published and writable:
@@ -127,7 +130,7 @@ class Bank:
             raise DatastoreCorrupt(f"{path} does not fit bank.json; restore both from the same copy")
         if self.published and verify and file_sha256(path) != described["sha256"]:
             raise DatastoreCorrupt(f"{path} is damaged: its SHA-256 is not that of bank.json; restore it from a copy")
-        if described["moments"]:
+        if self.moments:
             path = self.folder / "moments.safetensors"
             moments = open_tensors(path, mode)
             shapes = {"moments": (self.rows, self.value_width), "squares": (self.rows,), "steps": (self.rows,)}
@@ -190,7 +193,7 @@ class Bank:
             KeyOverflow: A number is not finite.
             ShapeError: Shapes are others.
         """
-        self._check_writable()
+        self.check_writable()
         if owner == 0:
             raise ConfigError("owner is 0, which marks free rows; expected another number, such as that of owner_of")
         if keys.shape != (len(values), self.key_width) or values.shape != (len(keys), self.value_width):
@@ -217,7 +220,7 @@ class Bank:
 
     def delete(self, owner: int) -> int:
         """Free all rows of an owner and overwrite them with zeros; returns how many there were."""
-        self._check_writable()
+        self.check_writable()
         ids = torch.from_numpy(np.flatnonzero(self._maps["owners"] == owner)) if owner else torch.empty(0).long()
         self._save(ids)
         for column in self._columns:
@@ -245,7 +248,7 @@ class Bank:
         Raises:
             KeyOverflow: A number is not finite; no row is changed.
         """
-        self._check_writable()
+        self.check_writable()
         stored = {name: self._stored(name, item) for name, item in columns.items()}
         ids = ids.cpu()
         self._save(ids)
@@ -277,7 +280,7 @@ class Bank:
 
         What an earlier commit had beside the rows is replaced.
         """
-        self._check_writable()
+        self.check_writable()
         if self._saved:
             self._flush()
         number = self.committed.number + 1
@@ -290,7 +293,7 @@ class Bank:
 
     def rollback(self) -> None:
         """Undo all changes since the last commit."""
-        self._check_writable()
+        self.check_writable()
         if self._journal.undo(self.committed.number, self._columns):
             self._flush()
         self._journal.clear()
@@ -362,7 +365,8 @@ class Bank:
             if isinstance(column, np.memmap):
                 column.flush()
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Raise `DatastoreError` unless the table can be changed."""
         if self._lock < 0:
             raise DatastoreError(f"{self.folder} is closed; open it again")
         if not self.writable:

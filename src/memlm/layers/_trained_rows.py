@@ -139,6 +139,9 @@ class RowTraining:
         betas: tuple[float, float] = (0.9, 0.999),
         rate: Callable[[int], float] = lambda steps: 1.0,
     ) -> None:
+        rows.bank.check_writable()
+        if not rows.bank.moments:
+            raise ConfigError(f"{rows.bank.folder} keeps no moments; expected a table made with moments=True")
         self.rows = rows
         self.row_learning_rate, self.betas, self.rate = row_learning_rate, betas, rate
         self.optimizer = torch.optim.AdamW(rows.parameters(), lr=1.0, betas=betas, weight_decay=0.0)
