@@ -142,7 +142,7 @@ def follow(
         else:  # all of them wait: one search for as many as there can be
             rows = at[open_]
             near = memory.search(queries[rows], k, None if exclude is None else exclude[rows])
-            near = _union(near, found.rows(rows), len(memory))
+            near = _union(near, found.rows(rows), memory.slots)
             found.put(rows, near)
             at[open_] += 1
             moving[:] = True
@@ -188,7 +188,7 @@ def _distances(memory: Datastore, queries: Floats, rows: Ints, entries: Ints) ->
 
 
 def _union(near: Neighbors, pointers: Neighbors, size: int) -> Neighbors:
-    """Return the k nearest of what a search found and of pointers, none of them twice; `size` is the datastore's."""
+    """Return the k nearest of what a search found and of pointers, none of them twice; `size` is the number of entry numbers."""
     nearer = pointers.present & (pointers.distances < near.distances[:, -1:])
     lines, places = nearer.nonzero()
     if not len(lines):
