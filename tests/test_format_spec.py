@@ -13,16 +13,17 @@ import torch
 from memlm import Datastore
 
 PAGE = (Path(__file__).parents[1] / "docs/datastore-format.md").read_text(encoding="utf-8")
-TYPES = {"F16": "<f2", "BF16": "<u2", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
+TYPES = {"U8": "u1", "F16": "<f2", "BF16": "<u2", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
 
 
 def read_manifest(folder):
-    files = [path for path in folder.iterdir() if re.fullmatch(r"manifest-\d{6,}\.json", path.name)]
-    content = json.loads(max(files, key=lambda path: int(path.stem[9:])).read_bytes())
+    pointer = json.loads((folder / "current.json").read_bytes())
+    content = json.loads((folder / f"manifest-{pointer['version']:06d}.json").read_bytes())
     others = {name: value for name, value in content.items() if name != "sha256"}
     text = json.dumps(others, sort_keys=True, separators=(",", ":"))
-    assert content["sha256"] == sha256(text.encode("ascii")).hexdigest()
-    assert (content["format"], content["format_version"], content["version"]) == ("memlm-datastore", 1, len(files))
+    assert content["sha256"] == sha256(text.encode("ascii")).hexdigest() == pointer["sha256"]
+    assert (content["format"], content["format_version"]) == ("memlm-datastore", 2)
+    assert content["version"] == pointer["version"]
     return content
 
 

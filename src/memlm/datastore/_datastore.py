@@ -113,7 +113,8 @@ class Datastore(Version):
     def build_index(self, factory: str = "auto", *, show_progress: bool = False) -> None:
         """Build a search index over all entries and publish it as a new version of the datastore."""
         with writing(self.path, "index") as manifest:
-            self._show(manifest, verify=False)
+            if manifest != self.manifest:
+                self._show(manifest, verify=False)
             name = f"{manifest.version + 1:06d}"
             part = build_index(self, self.path / "index", factory, name=name, show_progress=show_progress)
             corpus = {**manifest.corpus, "complete": True}

@@ -205,7 +205,7 @@ class Manifest:
         """Read one version of the datastore at `path`, known by the checksum of its manifest; raises as `load` does."""
         file = path / manifest_name(version)
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = _parsed(file)
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}")
             check_fields(content["format_version"], int, "format_version")
@@ -273,7 +273,7 @@ def read_current(path: Path) -> dict[str, Any]:
             )
         raise DatastoreError(f"{path} holds no datastore; `memlm build` makes one")
     try:
-        current = json.loads(file.read_text(encoding="utf-8"))
+        current = _parsed(file)
         check_fields(current, _CURRENT, CURRENT)
         if set(current) != set(_CURRENT):
             raise ValueError(f"it has the fields {sorted(current)}")
@@ -281,6 +281,14 @@ def read_current(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DatastoreCorrupt(f"{file} is damaged ({reason}); restore it from a copy") from error
+
+
+def _parsed(file: Path) -> Any:
+    """Read a file that `write_json` wrote."""
+    text = file.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        raise ValueError("it is truncated")
+    return json.loads(text)
 
 
 def content_sha256(content: dict[str, Any]) -> str:

@@ -188,7 +188,7 @@ def _distances(memory: Datastore, queries: Floats, rows: Ints, entries: Ints) ->
 
 
 def _union(near: Neighbors, pointers: Neighbors, size: int) -> Neighbors:
-    """Return the k nearest of what a search found and of pointers, none of them twice; `size` is the number of entry numbers."""
+    """Return the k nearest of what a search found and of pointers, none of them twice; no entry is `size`."""
     nearer = pointers.present & (pointers.distances < near.distances[:, -1:])
     lines, places = nearer.nonzero()
     if not len(lines):

@@ -74,7 +74,7 @@ def _holder(path: Path) -> str:
 
 
 def _unwritable(path: Path, error: OSError) -> DatastoreError:
-    return DatastoreError(f"{path} cannot be written to ({error.strerror}); copy it to a place that can")
+    return DatastoreError(f"{path} cannot be written to ({error.strerror or error}); copy it to a place that can")
 
 
 @contextmanager

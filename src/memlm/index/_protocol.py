@@ -58,5 +58,5 @@ class Index(Protocol):
         ...
 
     def search(self, queries: npt.NDArray[np.float32], k: int, exclude: tuple[int, int]) -> Neighbors:
-        """Return the k nearest entries of every query (float32, (n, width)), none deleted or in the range [from, to)."""
+        """Return the k nearest entries of every query (float32, (n, width)), none deleted or in [from, to)."""
         ...
