@@ -70,8 +70,8 @@ def test_a_damaged_index_or_one_of_another_datastore_is_refused(base, tmp_path):
     with pytest.raises(IndexError_, match=r"does not fit its datastore: .*; rebuild it"):
         Datastore(path, verify=False)
     other = Datastore.build(FakeEncoder(), DOCUMENTS[:1], tmp_path / "other", index="Flat", show_progress=False)
+    part = other.manifest.index
     with pytest.raises(IndexError_, match="it holds 131 keys of width 8"):
-        part = other.manifest.index
         _faiss.FaissIndex(base, other.path / "index", replace(part, details={**part.details, "entries": 1572}))
 
 

@@ -51,10 +51,7 @@ def build(
                 f"{error}. All entries are stored; the same command with another --index ends it"
             ) from error
         raise
-    for name, reason in list(corpus.skipped.items())[:5]:
-        common.note(f"left out {name}: {reason}")
-    if len(corpus.skipped) > 5:
-        common.note(f"left out {len(corpus.skipped) - 5} more documents without text or binary")
+    common.note_left_out(corpus)
     info = memory.info()
     documents, search = common.count(info["documents"], "document"), common.describe_search(info["index"])
     common.emit(

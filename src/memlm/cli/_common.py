@@ -20,6 +20,7 @@ from ..text import printable
 if TYPE_CHECKING:
     from ..cache import Cache
     from ..datastore import Datastore
+    from ..documents import Corpus
     from ..mixtures import Mixture as AnyMixture
     from ..models import BlackBox, LanguageModel
 
@@ -78,6 +79,37 @@ def load_model(
     if lm.site.note:
         note(lm.site.note)
     return lm
+
+
+def note_left_out(corpus: Corpus) -> None:
+    """Tell which documents had no text or were binary."""
+    for name, reason in list(corpus.skipped.items())[:5]:
+        note(f"left out {name}: {reason}")
+    if len(corpus.skipped) > 5:
+        note(f"left out {len(corpus.skipped) - 5} more documents without text or binary")
+
+
+def state(memory: Datastore) -> dict[str, Any]:
+    """Return what a datastore is after a change."""
+    manifest = memory.manifest
+    return {
+        "path": str(memory.path),
+        "version": manifest.version,
+        "documents": manifest.documents,
+        "entries": manifest.entries,
+    }
+
+
+def described_state(memory: Datastore) -> str:
+    """Return the same for people."""
+    manifest = memory.manifest
+    entries, documents = count(manifest.entries, "entry", "entries"), count(manifest.documents, "document")
+    return f"now {entries} of {documents}, version {manifest.version}"
+
+
+def size(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(item.stat().st_size for item in folder.rglob("*") if item.is_file())
 
 
 def open_memory(path: Path) -> Datastore | None:

@@ -41,7 +41,8 @@ class ExactIndex:
         blocks = list(self._blocks())
         if len(blocks) < 2:
             return blocks
-        return [Block(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))]
+        entries, keys = zip(*blocks, strict=True)
+        return [Block(np.concatenate(entries), np.concatenate(keys))]
 
     def _blocks(self) -> Iterator[Block]:
         """Yield what is not deleted, rising."""
@@ -73,7 +74,8 @@ class Block(NamedTuple):
     def without(self, exclude: tuple[int, int]) -> list[Block]:
         """Return what remains without a range of entries [from, to)."""
         first, stop = np.searchsorted(self.entries, exclude) if exclude[0] < exclude[1] else (len(self.entries),) * 2
-        pieces = [Block(*(array[part] for array in self)) for part in (slice(first), slice(stop, None))]
+        parts = (slice(first), slice(stop, None))
+        pieces = [Block(self.entries[part], self.keys[part]) for part in parts]
         return [piece for piece in pieces if len(piece.entries)]
 
 

@@ -148,8 +148,9 @@ def propose(
     allowed = np.ones(index.ntotal, bool) if live is None else live.copy()
     allowed[exclude[0] : exclude[1]] = False
     if isinstance(lists, faiss.IndexIVF):
-        selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
         parameters: Any = faiss.SearchParametersIVF
+        bitmap: Any = faiss.IDSelectorBitmap
+        selector = bitmap(np.packbits(allowed, bitorder="little"))
         try:
             found = _searched(index, queries, k, allowed, params=parameters(sel=selector, nprobe=lists.nprobe))
         except RuntimeError as error:
