@@ -24,7 +24,7 @@ from ._segment import SegmentWriter, Stored
 _HOLDER = ".writer.json"
 _MANIFEST = re.compile(r"manifest-(\d{6,})\.json")
 _NUMBERED = re.compile(r"\d{6,}")
-_TEMPORARY = re.compile(r"\.(manifest-\d+|current)\.json\.\d+\.tmp")
+_TEMPORARY = re.compile(r"\.(manifest-\d+|current|\.writer)\.json\.\d+\.tmp")
 
 
 @contextmanager
