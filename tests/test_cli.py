@@ -23,6 +23,15 @@ from tiny_models import tiny_model
 
 VERBS = [
     "build",
+    "add",
+    "update",
+    "remove",
+    "merge",
+    "compact",
+    "history",
+    "rollback",
+    "verify",
+    "audit",
     "info",
     "overlap",
     "tune",

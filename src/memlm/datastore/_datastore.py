@@ -241,6 +241,7 @@ class Datastore(Version):
             return build_index(version, self.path / "index", factory, name=name, show_progress=show_progress)
 
         self.refresh()
+        check_factory(index or "auto", self.width, self.metric)
         compact_segments(self.path, index_of, segment_entries=segment_entries, show_progress=show_progress)
         self.refresh()
 
