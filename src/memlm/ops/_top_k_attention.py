@@ -3,10 +3,10 @@
     s_ij = cap · tanh(scale · q_i·k_j / cap) + mask_ij        T_i = the k largest s_ij
     w_ij = exp(s_ij) / (exp(sink) + Σ_{l ∈ T_i} exp(s_il))    o_i = Σ_{j ∈ T_i} w_ij v_j
 
-Queries are taken a chunk at a time. What is kept for the gradient is queries, keys, values and the numbers of the chosen
-keys: it grows with the length, not with its square. Scores, weights and dropout are computed again, chunk by chunk. The
-gradient is that of the function above, zero for keys that were not chosen. Cap and sink are of later models (Gemma 2,
-gpt-oss); without them cap · tanh(x / cap) is x and exp(sink) is 0.
+Queries are taken a chunk at a time. What is kept for the gradient is queries, keys, values and the numbers of the
+chosen keys: it grows with the length, not with its square. Scores, weights and dropout are computed again, chunk by
+chunk. The gradient is that of the function above, zero for keys that were not chosen. Cap and sink are of later models
+(Gemma 2, gpt-oss); without them cap · tanh(x / cap) is x, and exp(sink) is 0.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def top_k_attention(
         chunk_size: Queries that are computed together.
 
     Returns:
-        Shape (batch, heads, n, value width); 0 for a query that sees no key. Differentiable once in queries, keys, values
-        and sinks. Under autocast it has autocast's type.
+        Shape (batch, heads, n, value width); 0 for a query that sees no key. Differentiable once in queries, keys,
+        values and sinks. Under autocast it has autocast's type.
 
     Raises:
         ValueError: k or chunk_size is below 1, or dropout outside [0, 1), or the mask requires a gradient.
@@ -134,7 +134,7 @@ class _TopKAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[bad-override]
         settings: _Settings = ctx.settings
         queries, keys, values, sinks, *saved = ctx.saved_tensors
         chosen = saved[: len(saved) // 2] if ctx.biased else saved
@@ -210,7 +210,7 @@ def _capped(scores: Tensor, cap: float | None) -> Tensor:
 
 
 def _weights(best: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the softmax over the last dimension, and the sink's share; in float32 at least, and 0 where all is −inf."""
+    """Return the softmax over the last dimension, and the sink's share; in float32 at least, 0 where all is −inf."""
     scores = best.to(torch.promote_types(best.dtype, torch.float32))
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)

@@ -2,9 +2,9 @@
 
     s_j = a_j·x + b_j    T = the k largest s_j    y = Σ_{j ∈ T} φ(s_j) (u_j·x + c_j) v_j
 
-Rows a_j of the first matrix are keys, rows v_j of the second are values, and the activation φ stands where attention has
-the softmax. The factor u_j·x + c_j is that of gated layers (SwiGLU and its like); others have none. Inputs are taken a
-chunk at a time, and what is kept for the gradient is inputs and the numbers of the chosen units.
+Rows a_j of the first matrix are keys, rows v_j of the second are values, and the activation φ stands where attention
+has the softmax. The factor u_j·x + c_j is that of gated layers (SwiGLU and its like); others have none. Inputs are
+taken a chunk at a time, and what is kept for the gradient is inputs and the numbers of the chosen units.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def top_k_feed_forward(
         chunk_size: Inputs that are computed together.
 
     Returns:
-        Shape (…, output width), without the bias of the second matrix. Differentiable once in all tensors. Under autocast
-        it has autocast's type.
+        Shape (…, output width), without the bias of the second matrix. Differentiable once in all tensors. Under
+        autocast it has autocast's type.
 
     Raises:
         ValueError: k or chunk_size is below 1.
@@ -96,7 +96,7 @@ class _TopKFeedForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[bad-override]
         inputs, keys, bias, values, factors, factor_bias, *chosen = ctx.saved_tensors
         exact = torch.promote_types(inputs.dtype, torch.float32)  # sums over chunks are not rounded in between
         d_inputs = torch.empty_like(inputs)
