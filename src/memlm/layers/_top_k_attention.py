@@ -30,8 +30,8 @@ def register_top_k(k: int = 128, *, name: str = "memlm_topk", chunk_size: int = 
     same name again changes k for models that have it. Caps of scores, sinks, sliding windows, shared key heads, padding
     and caches are honored. There are no attention weights to return: `output_attentions` is refused.
 
-    Of models that compute attention by themselves, some are refused at their first call by `UnsupportedArchitecture`, and
-    some by transformers when they are made, by a KeyError of the name; `top_k_attention` refuses them all.
+    Of models that compute attention by themselves, some are refused at their first call (`UnsupportedArchitecture`),
+    and some by transformers when they are made (a KeyError of the name); `top_k_attention` refuses them all.
 
     Args:
         k: Keys a query attends to, at least 1.

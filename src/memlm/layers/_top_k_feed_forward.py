@@ -43,8 +43,8 @@ def top_k_feed_forward(model: Any, layers: Sequence[int] | None = None, *, k: in
         What makes the model what it was, by `remove()` or as a block.
 
     Raises:
-        ConfigError: k or chunk_size is below 1, or a layer that the model does not have, that is named twice or has this
-            already, or none.
+        ConfigError: k or chunk_size is below 1, or a layer that the model does not have, that is named twice or has
+            this already, or none.
         UnsupportedArchitecture: A layer has no feed-forward module of two matrices, or three with a gate; experts, say.
 
     Example:
