@@ -13,7 +13,7 @@ import top_k_oracle
 from memlm.errors import ConfigError, ModelError, UnsupportedArchitecture
 from memlm.layers import register_top_k, top_k_attention
 from saved_bytes import saved_bytes
-from tiny_models import END_OF_TEXT_ID, tiny_config, tiny_folder, tiny_model
+from tiny_models import tiny_config, tiny_folder, tiny_model
 
 # shared key heads; learned positions; parallel layers; query norms; caps and windows; sinks and windows; windows alone
 FAMILIES = ["llama", "gpt2", "gpt_neox", "opt", "qwen2", "qwen3", "gemma2", "gpt_oss", "mistral", "phi3"]
@@ -283,7 +283,3 @@ def test_a_copy_of_the_model_keeps_its_attention(ids):
     with torch.no_grad():
         assert torch.equal(copied(ids).logits, few)
         assert not torch.equal(model(ids).logits, few)
-
-
-def test_the_tokens_of_padding_are_known():
-    assert END_OF_TEXT_ID not in range(250)  # so that no token of `ids` is taken for padding
