@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 
 import top_k_oracle
@@ -182,18 +182,23 @@ def test_training_with_all_keys_is_that_of_eager_attention(family, ids, mask):
 def test_dropout_of_the_model_with_checkpointing(ids):
     """A pass that is computed again draws the dropout that it drew before."""
     model = eager("llama").train()
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.3
-    found = []
+
+    def gradient(dropout):
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = dropout
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(ids, labels=ids).loss.backward()
+        return model.get_input_embeddings().weight.grad.clone()
+
     with top_k_attention(model, 8, chunk_size=5):
-        for checkpointing in (False, True):
-            if checkpointing:
-                model.activation_checkpointing_enable({"use_reentrant": False})
-            model.zero_grad()
-            torch.manual_seed(0)
-            model(ids, labels=ids).loss.backward()
-            found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+        without, expected = gradient(0.0), gradient(0.3)
+        assert (without - expected).abs().max() > 1e-3
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        torch.testing.assert_close(gradient(0.3), expected, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            logits = model.eval()(ids).logits  # there is none in evaluation
+            assert torch.equal(model(ids).logits, logits)
 
 
 def test_autocast_is_near_full_precision(ids):
@@ -226,6 +231,19 @@ def test_a_mask_of_the_callers_own(ids):
         with top_k_attention(model, LENGTH):
             for mask in (own, added):
                 torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_a_model_that_reads_in_both_directions(ids, mask):
+    config = AutoConfig.for_model(
+        "bert", vocab_size=250, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = AutoModel.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for seen in (torch.ones_like(mask), mask):
+            expected = model(ids, attention_mask=seen).last_hidden_state
+            with top_k_attention(model, LENGTH, chunk_size=5):
+                given = model(ids, attention_mask=seen).last_hidden_state
+            torch.testing.assert_close(given[seen.bool()], expected[seen.bool()], rtol=1e-4, atol=2e-5)
 
 
 def test_what_a_model_keeps_for_the_gradient_doubles_with_the_length():
