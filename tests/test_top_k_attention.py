@@ -1,8 +1,10 @@
 """Top-k attention inside models of transformers: `attn_implementation="memlm_topk"` and `layers.top_k_attention`."""
 
 import copy
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,3 +303,15 @@ def test_a_copy_of_the_model_keeps_its_attention(ids):
     with torch.no_grad():
         assert torch.equal(copied(ids).logits, few)
         assert not torch.equal(model(ids).logits, few)
+
+
+def test_the_page_runs_as_it_is_written(tmp_path, registered):
+    page = (Path(__file__).parent.parent / "docs" / "top-k.md").read_text()
+    in_place, by_name = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(compile(in_place, "in place", "exec"), names)
+    assert names["lm"].model.config._attn_implementation == "sdpa"
+    assert names["lm"].model.get_input_embeddings().weight.grad.any()
+    names["lm"].model.zero_grad()
+    exec(compile(by_name.replace('"gpt2"', repr(str(tiny_folder("gpt2", tmp_path)))), "by name", "exec"), names)
+    assert names["model"].config._attn_implementation == "memlm_topk_32"
