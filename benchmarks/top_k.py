@@ -39,6 +39,11 @@ TEXTS = ("wikitext2.valid", "wikitext2.test", "novels.test", "code.test")
 WINDOWS, LENGTH, SCORED = 40, 512, 128
 KEYS = (8, 16, 32, 64, 128, 256, 512)
 UNITS = (40, 80, 160, 320, 640)  # of 640
+KINDS = {
+    "keys": "keys of 512",
+    "units by score": "hidden units of 640, by score",
+    "units by size": "hidden units of 640, by size",
+}
 LENGTHS = (256, 512, 1024, 2048, 4096)
 REPEATS = 3
 
@@ -73,15 +78,16 @@ def curves(lm: Any, path: Path) -> dict[str, Any]:
         return {"perplexity": float(np.exp(-changed.mean())), "loss": loss, "low": low, "high": high}
 
     result["keys"] = {str(k): row(top_k_attention(lm.model, k)) for k in KEYS}
-    result["units"] = {str(k): row(top_k_feed_forward(lm.model, k=k)) for k in UNITS}
-    result["128 keys and 160 units"] = row(both(lm.model))
+    for by in ("score", "size"):
+        result[f"units by {by}"] = {str(k): row(top_k_feed_forward(lm.model, k=k, by=by)) for k in UNITS}
+    result["128 keys and 160 units by size"] = row(both(lm.model))
     print(path.name, {k: round(100 * loss["loss"], 2) for k, loss in result["keys"].items()}, flush=True)
     return result
 
 
 @contextmanager
 def both(model: Any) -> Iterator[None]:
-    with top_k_attention(model, 128), top_k_feed_forward(model, k=160):
+    with top_k_attention(model, 128), top_k_feed_forward(model, k=160, by="size"):
         yield
 
 
@@ -135,7 +141,7 @@ def whole_model(model: Any, length: int) -> dict[str, Any]:
         "eager": eager,
         "sdpa": nullcontext,
         "128 keys": lambda: top_k_attention(model, 128),
-        "160 units": lambda: top_k_feed_forward(model, k=160),
+        "160 units": lambda: top_k_feed_forward(model, k=160, by="size"),
         "128 keys and 160 units": lambda: both(model),
     }
     return measured({name: loss(change) for name, change in changes.items()}, *model.parameters())
@@ -192,10 +198,10 @@ def table(results: dict[str, Any]) -> str:
         "|---|" + "---|" * len(texts),
         "| as it is | " + " | ".join(f"{text['perplexity']:.3f}" for text in texts.values()) + " |",
     ]
-    for kind, name in (("keys", "keys of 512"), ("units", "hidden units of 640")):
+    for kind, name in KINDS.items():
         for k in first[kind]:
             lines.append(f"| {k} {name} | " + " | ".join(lost(text[kind][k]) for text in texts.values()) + " |")
-    name = "128 keys and 160 units"
+    name = "128 keys and 160 units by size"
     lines.append(f"| {name} | " + " | ".join(lost(text[name]) for text in texts.values()) + " |")
     parts = {
         "attention": "Attention alone: causal, one text, four heads of width 64",
@@ -229,21 +235,20 @@ def table(results: dict[str, Any]) -> str:
 
 
 def lost(row: dict[str, float]) -> str:
-    return f"{row['perplexity']:.3f} ({row['loss']:+.2%}; {row['low']:+.2%} to {row['high']:+.2%})"
+    loss, low, high = (f"{100 * row[name]:+z.2f}" for name in ("loss", "low", "high"))
+    return f"{row['perplexity']:.3f} ({loss} %; {low} to {high})"
 
 
 def draw(texts: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.4), sharey=True, layout="constrained")
-    for axis, kind, title in zip(
-        axes, ("keys", "units"), ("keys of 512, a query", "hidden units of 640, an input"), strict=True
-    ):
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.2), sharey=True, layout="constrained")
+    for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
         for name, text in texts.items():
             ks = [int(k) for k in text[kind]]
             losses = [100 * row["loss"] for row in text[kind].values()]
             color, style = "#1d4ed8" if name.startswith("wiki") else "#c2410c", "--" if name.endswith("test") else "-"
             axis.plot(ks, losses, style, color=color, marker="o", markersize=3, label=name)
         axis.axhline(1, color="0.7", linewidth=0.8)
-        axis.set(xscale="log", yscale="symlog", xlabel=title, xticks=ks, ylim=(-0.1, None))
+        axis.set(xscale="log", xlabel=title)
         axis.set_yscale("symlog", linthresh=1)
         axis.set_xticks(ks, [str(k) for k in ks])
         axis.minorticks_off()

@@ -54,22 +54,23 @@ def matrices(module):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3"])
-def test_with_fewer_units_it_is_the_dense_computation_masked(family):
+@pytest.mark.parametrize("by", ["score", "size"])
+def test_with_fewer_units_it_is_the_dense_computation_masked(family, by):
     model = tiny_model(family)
     module = feed_forward(model)
     first, factor, values, bias = matrices(module)
     activation = next(child for name, child in module.named_children() if "act" in name)
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
     outside = hidden.double().requires_grad_()
-    expected = top_k_oracle.feed_forward(outside, first, values, 12, activation, factor) + bias
+    expected = top_k_oracle.feed_forward(outside, first, values, 12, activation, factor, by) + bias
     hidden.requires_grad_()
-    with top_k_feed_forward(model, [1], k=12, chunk_size=3):
+    with top_k_feed_forward(model, [1], k=12, by=by, chunk_size=3):
         given = module(hidden)
     torch.testing.assert_close(given.double(), expected, rtol=1e-4, atol=1e-5)
     given.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(hidden.grad.double(), outside.grad, rtol=1e-3, atol=1e-4)
-    with top_k_feed_forward(model, [1], k=13):
+    with top_k_feed_forward(model, [1], k=13, by=by):
         assert (module(hidden).double() - expected).abs().max() > 1e-3  # control: k off by one is seen
 
 
@@ -171,6 +172,7 @@ def test_a_layer_that_computes_something_else_is_refused():
     [
         ({"k": 0}, "k is 0"),
         ({"chunk_size": 0}, "chunk_size 0"),
+        ({"by": "rank"}, "by is 'rank'"),
         ({"layers": []}, "no layer"),
         ({"layers": [0, 0]}, "expected different ones"),
         ({"layers": [2]}, "layer 2 is not in the model; expected numbers from 0 to 1"),

@@ -236,12 +236,12 @@ FORMS = {"plain": (True, None), "gated": (False, False), "gated with biases": (T
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("k", [1, 4, 11, 30])
 @pytest.mark.parametrize("chunk_size", [2, 100])
-@pytest.mark.parametrize("activation", [F.silu, torch.relu])
-def test_a_feed_forward_layer_is_the_dense_computation_masked(form, k, chunk_size, activation):
+@pytest.mark.parametrize(("activation", "by"), [(F.silu, "score"), (F.silu, "size"), (torch.relu, "score")])
+def test_a_feed_forward_layer_is_the_dense_computation_masked(form, k, chunk_size, activation, by):
     hidden, keys, bias, values, factors, factor_bias = LAYER
     first = (keys, bias if form[0] else None)
     factor = None if form[1] is None else (factors, factor_bias if form[1] else None)
-    options = {"activation": activation, "factor": factor}
+    options = {"activation": activation, "factor": factor, "by": by}
     of = [part for part in (hidden, *first, values, *(factor or ())) if part is not None]
     agree(
         top_k_feed_forward(hidden, first, values, k, chunk_size=chunk_size, **options),
@@ -269,8 +269,18 @@ def test_a_feed_forward_layer_of_no_inputs():
     assert top_k_feed_forward(hidden[:, :0], (keys, bias), values, 3, activation=torch.relu).shape == (3, 0, 4)
 
 
-@pytest.mark.parametrize("changes", [{"k": 0}, {"chunk_size": 0}])
+def test_with_relu_the_highest_scores_are_the_largest_units():
+    hidden, keys, bias, values, *_ = LAYER
+    by_score, by_size = (
+        top_k_feed_forward(hidden, (keys, bias), values, 3, activation=torch.relu, by=by) for by in ("score", "size")
+    )
+    torch.testing.assert_close(by_score, by_size, rtol=0, atol=1e-12)
+    smooth = [top_k_feed_forward(hidden, (keys, bias), values, 8, activation=F.silu, by=by) for by in ("score", "size")]
+    assert (smooth[0] - smooth[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{"k": 0}, {"chunk_size": 0}, {"by": "rank"}])
 def test_what_a_feed_forward_layer_refuses(changes):
     hidden, keys, bias, values, *_ = LAYER
-    with pytest.raises(ValueError, match="expected at least 1"):
+    with pytest.raises(ValueError, match="expected"):
         top_k_feed_forward(hidden, (keys, bias), values, **{"k": 3, "activation": torch.relu} | changes)

@@ -33,10 +33,11 @@ def attention(queries, keys, values, k, scale=None, mask=None, causal=False, cap
     return (weights if kept is None else weights * kept) @ values
 
 
-def feed_forward(inputs, first, values, k, activation, factor=None):
+def feed_forward(inputs, first, values, k, activation, factor=None, by="score"):
     """Use the k best of all hidden units."""
     scores = inputs @ first[0].T + (0 if first[1] is None else first[1])
-    units = activation(scores) * chosen_of(scores.detach(), k)
+    units = activation(scores)
     if factor is not None:
         units = units * (inputs @ factor[0].T + (0 if factor[1] is None else factor[1]))
-    return units @ values
+    ranks = scores if by == "score" else units.abs()
+    return (units * chosen_of(ranks.detach(), k)) @ values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +26,33 @@ class _Parts(NamedTuple):
     dropout: Any
 
 
-def top_k_feed_forward(model: Any, layers: Sequence[int] | None = None, *, k: int, chunk_size: int = 1024) -> Removable:
+def top_k_feed_forward(
+    model: Any,
+    layers: Sequence[int] | None = None,
+    *,
+    k: int,
+    by: Literal["score", "size"] = "score",
+    chunk_size: int = 1024,
+) -> Removable:
     """Let feed-forward layers of a model use the k best hidden units of each input, in place.
 
-    Best are those with the highest number before the activation: of gated layers (SwiGLU), that of the gate. Modules,
-    weights and their names stay what they are, so the model is trained, saved and loaded as before; after loading, call
-    this again.
+    Modules, weights and their names stay what they are, so the model is trained, saved and loaded as before; after
+    loading, call this again.
 
     Args:
         model: A causal LM of transformers.
         layers: Numbers of decoder layers, from 0; see `decoder_layers`. None means all.
         k: Units an input uses; from the layer's width on, nothing changes but rounding.
+        by: Best are the units with the highest "score" before the activation (of gated layers, that of the gate), as in
+            the paper, or those of the largest "size" after it, which loses less where the activation is not ReLU.
         chunk_size: Inputs that are computed together.
 
     Returns:
         What makes the model what it was, by `remove()` or as a block.
 
     Raises:
-        ConfigError: k or chunk_size is below 1, or a layer that the model does not have, that is named twice or has
-            this already, or none.
+        ConfigError: k or chunk_size is below 1, `by` is neither, or a layer that the model does not have, that is named
+            twice or has this already, or none.
         UnsupportedArchitecture: A layer has no feed-forward module of two matrices, or three with a gate; experts, say.
 
     Example:
@@ -55,11 +63,13 @@ def top_k_feed_forward(model: Any, layers: Sequence[int] | None = None, *, k: in
     """
     if k < 1 or chunk_size < 1:
         raise ConfigError(f"k is {k} and chunk_size {chunk_size}; expected at least 1")
+    if by not in ("score", "size"):
+        raise ConfigError(f"by is {by!r}; expected 'score' or 'size'")
     modules = [_feed_forward(layer, model) for layer in _chosen(model, layers)]  # all are checked before one is changed
     replaced = [(module, vars(module).get("forward")) for module in modules]
     for module in modules:
         # on the module itself: a partial of a function is copied with the module, and then refers to the copy
-        module.forward = partial(_forward, module, k, chunk_size)
+        module.forward = partial(_forward, module, k, by, chunk_size)
     return Removable(partial(_restore, replaced))
 
 
@@ -119,7 +129,7 @@ def _is_computed_by(module: Any, parts: _Parts) -> bool:
     module.eval()
     try:
         wanted = module(inputs)
-        given = _forward(module, len(rows), 4, inputs)
+        given = _forward(module, len(rows), "score", 4, inputs)
     except (TypeError, RuntimeError):  # more arguments than the input, or matrices that do not fit together
         return False
     finally:
@@ -128,7 +138,7 @@ def _is_computed_by(module: Any, parts: _Parts) -> bool:
     return given.shape == wanted.shape and bool(error < 32 * torch.finfo(weight.dtype).eps)
 
 
-def _forward(module: nn.Module, k: int, chunk_size: int, hidden: Tensor) -> Tensor:
+def _forward(module: nn.Module, k: int, by: Literal["score", "size"], chunk_size: int, hidden: Tensor) -> Tensor:
     """Compute a feed-forward module, hidden and result of shape (…, width), with the k best units."""
     parts: Any = _parts(module)
     first, bias = _rows(parts.first)
@@ -138,7 +148,7 @@ def _forward(module: nn.Module, k: int, chunk_size: int, hidden: Tensor) -> Tens
         (first, up), (bias, up_bias) = first.chunk(2), (None, None) if bias is None else bias.chunk(2)
         factor = (up, up_bias)
     output = ops.top_k_feed_forward(
-        hidden, (first, bias), values, k, activation=parts.activation, factor=factor, chunk_size=chunk_size
+        hidden, (first, bias), values, k, activation=parts.activation, factor=factor, by=by, chunk_size=chunk_size
     )
     if parts.second.bias is not None:
         output = output + parts.second.bias.to(output.dtype)

@@ -3,14 +3,16 @@
     s_j = a_j·x + b_j    T = the k largest s_j    y = Σ_{j ∈ T} φ(s_j) (u_j·x + c_j) v_j
 
 Rows a_j of the first matrix are keys, rows v_j of the second are values, and the activation φ stands where attention
-has the softmax. The factor u_j·x + c_j is that of gated layers (SwiGLU and its like); others have none. Inputs are
-taken a chunk at a time, and what is kept for the gradient is inputs and the numbers of the chosen units.
+has the softmax. The factor u_j·x + c_j is that of gated layers (SwiGLU and its like); others have none. The paper's
+models have φ = ReLU, where the highest scores give the largest units; where they do not, T may instead be the k units
+that are largest, |φ(s_j) (u_j·x + c_j)|. Inputs are taken a chunk at a time, and what is kept for the gradient is
+inputs and the numbers of the chosen units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,9 +31,10 @@ def top_k_feed_forward(
     *,
     activation: Callable[[Tensor], Tensor],
     factor: Linear | None = None,
+    by: Literal["score", "size"] = "score",
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Let every input use the k hidden units with the highest scores before the activation; of equal ones, any.
+    """Let every input use its k best hidden units; of equal ones, any.
 
     Args:
         inputs: Shape (…, width), float.
@@ -40,6 +43,8 @@ def top_k_feed_forward(
         k: Units an input, at least 1; from `hidden` on this is the plain layer.
         activation: φ, number by number.
         factor: u and c of a gated layer, as `first`.
+        by: "score" takes the units with the highest scores before the activation, as the paper does; "size" those
+            whose values after it, and after the factor, are furthest from 0.
         chunk_size: Inputs that are computed together.
 
     Returns:
@@ -47,7 +52,7 @@ def top_k_feed_forward(
         autocast it has autocast's type.
 
     Raises:
-        ValueError: k or chunk_size is below 1.
+        ValueError: k or chunk_size is below 1, or `by` is neither.
 
     Example:
         >>> layer = torch.tensor([[1.0], [2.0]])  # both units see the input; the second is twice the first
@@ -56,13 +61,15 @@ def top_k_feed_forward(
     """
     if k < 1 or chunk_size < 1:
         raise ValueError(f"k is {k} and chunk_size {chunk_size}; expected at least 1")
+    if by not in ("score", "size"):
+        raise ValueError(f"by is {by!r}; expected 'score' or 'size'")
     tensors = [inputs.flatten(0, -2), *first, values, *(factor or (None, None))]
     device = inputs.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     with torch.autocast(device, enabled=False):
-        output = _TopKFeedForward.apply(*tensors, min(k, len(values)), activation, chunk_size)
+        output = _TopKFeedForward.apply(*tensors, min(k, len(values)), activation, by, chunk_size)
     return output.unflatten(0, inputs.shape[:-1])
 
 
@@ -80,14 +87,15 @@ class _TopKFeedForward(torch.autograd.Function):
         factor_bias: Tensor | None,
         k: int,
         activation: Callable[[Tensor], Tensor],
+        by: Literal["score", "size"],
         chunk_size: int,
     ) -> Tensor:
         outputs, chosen = [], []
         for rows in inputs.split(chunk_size):
-            best, places = _linear(rows, keys, bias).topk(k, sorted=False)  # (c, k)
-            units = activation(best)
-            if factors is not None:
-                units = units * _linear(rows, factors, factor_bias).gather(-1, places)
+            parts = _parts(rows, keys, bias, factors, factor_bias)
+            ranks = parts[0] if by == "score" else _units(parts, activation).abs()
+            places = ranks.topk(k, sorted=False).indices  # (c, k)
+            units = _units([part.gather(-1, places) for part in parts], activation)
             outputs.append(spread(units, places, len(keys), values.dtype) @ values)
             chosen.append(places.int())
         ctx.activation, ctx.chunk_size = activation, chunk_size
@@ -107,29 +115,35 @@ class _TopKFeedForward(torch.autograd.Function):
         chunks = zip(*(tensor.split(ctx.chunk_size) for tensor in (inputs, d_output, d_inputs)), chosen, strict=True)
         for rows, d_rows, d_chunk, numbers in chunks:
             places = numbers.long()
-            scores = [_linear(rows, keys, bias).gather(-1, places)]
-            if factors is not None:
-                scores.append(_linear(rows, factors, factor_bias).gather(-1, places))
-            scores = [score.requires_grad_() for score in scores]
+            dense_parts = _parts(rows, keys, bias, factors, factor_bias)
+            parts = [part.gather(-1, places).requires_grad_() for part in dense_parts]
             with torch.enable_grad():
-                units = ctx.activation(scores[0])
-                units = units * scores[1] if factors is not None else units
+                units = _units(parts, ctx.activation)
             d_units = (d_rows @ values.mT).gather(-1, places)
-            d_scores = torch.autograd.grad(units, scores, d_units)
-            d_dense = [spread(part, places, len(keys), inputs.dtype) for part in d_scores]  # each (c, hidden)
+            d_parts = torch.autograd.grad(units, parts, d_units)
+            d_dense = [spread(part, places, len(keys), inputs.dtype) for part in d_parts]  # each (c, hidden)
             d_chunk.copy_(sum(part @ rows_of for part, rows_of in zip(d_dense, (keys, factors), strict=False)))
             dense = spread(units.detach(), places, len(keys), values.dtype)
             d_first, d_factor = d_dense[0], d_dense[-1]
-            parts = (d_first.mT @ rows, d_first.sum(0), dense.mT @ d_rows, d_factor.mT @ rows, d_factor.sum(0))
-            for total, part in zip(sums, parts, strict=True):
+            summands = (d_first.mT @ rows, d_first.sum(0), dense.mT @ d_rows, d_factor.mT @ rows, d_factor.sum(0))
+            for total, part in zip(sums, summands, strict=True):
                 if total is not None:
                     total += part
         totals = [
             None if total is None else total.to(tensor.dtype)
             for total, tensor in zip(sums, (keys, bias, values, factors, factor_bias), strict=True)
         ]
-        return d_inputs, *totals, None, None, None
+        return d_inputs, *totals, None, None, None, None
 
 
-def _linear(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(rows, matrix, bias)
+def _parts(
+    rows: Tensor, keys: Tensor, bias: Tensor | None, factors: Tensor | None, factor_bias: Tensor | None
+) -> list[Tensor]:
+    """Return the scores of all units, (c, hidden), and what multiplies them in gated layers."""
+    scores = torch.nn.functional.linear(rows, keys, bias)
+    return [scores] if factors is None else [scores, torch.nn.functional.linear(rows, factors, factor_bias)]
+
+
+def _units(parts: list[Tensor], activation: Callable[[Tensor], Tensor]) -> Tensor:
+    units = activation(parts[0])
+    return units if len(parts) == 1 else units * parts[1]
