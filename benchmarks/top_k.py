@@ -35,7 +35,7 @@ from memlm.layers import top_k_attention, top_k_feed_forward
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-TEXTS = ("wikitext2.valid", "wikitext2.test", "novels.test", "code.test")
+STYLES = {"wikitext2.valid": "C0-", "wikitext2.test": "C0--", "novels.test": "C2--", "code.test": "C1--"}  # by text
 WINDOWS, LENGTH, SCORED = 40, 512, 128
 KEYS = (8, 16, 32, 64, 128, 256, 512)
 UNITS = (40, 80, 160, 320, 640)  # of 640
@@ -54,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     lm = memlm.reference_lm()
     results: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    results["perplexity"] = {text: curves(lm, options.data / f"{text}.jsonl.xz") for text in TEXTS}
+    results["perplexity"] = {text: curves(lm, options.data / f"{text}.jsonl.xz") for text in STYLES}
     results["attention"] = {str(length): attention(length) for length in LENGTHS}
     results["model"] = {str(length): whole_model(lm.model, length) for length in LENGTHS[:4]}
     RESULTS.joinpath("top_k.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -245,11 +245,11 @@ def draw(texts: dict[str, Any]) -> None:
         for name, text in texts.items():
             ks = [int(k) for k in text[kind]]
             losses = [100 * row["loss"] for row in text[kind].values()]
-            color, style = "#1d4ed8" if name.startswith("wiki") else "#c2410c", "--" if name.endswith("test") else "-"
-            axis.plot(ks, losses, style, color=color, marker="o", markersize=3, label=name)
+            axis.plot(ks, losses, STYLES[name], marker="o", markersize=3, label=name.replace(".", ", "))
         axis.axhline(1, color="0.7", linewidth=0.8)
         axis.set(xscale="log", xlabel=title)
         axis.set_yscale("symlog", linthresh=1)
+        axis.set_yticks((-10, -1, 0, 1, 10), ("−10", "−1", "0", "1", "10"))
         axis.set_xticks(ks, [str(k) for k in ks])
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
