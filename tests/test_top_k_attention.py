@@ -235,6 +235,16 @@ def test_a_mask_of_the_callers_own(ids):
                 torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected, rtol=1e-4, atol=2e-5)
 
 
+def test_a_call_may_say_itself_whether_it_is_causal(registered):
+    attend = AttentionInterface()[register_top_k(3)]
+    query, key, value = (torch.randn(1, 2, 6, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    for is_causal in (False, True):
+        expected = top_k_oracle.attention(query, key, value, 3, causal=is_causal).transpose(1, 2)
+        given, weights = attend(torch.nn.Module(), query, key, value, None, is_causal=is_causal)
+        torch.testing.assert_close(given, expected)
+        assert weights is None
+
+
 def test_a_model_that_reads_in_both_directions(ids, mask):
     config = AutoConfig.for_model(
         "bert", vocab_size=250, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
