@@ -167,6 +167,13 @@ def test_a_layer_that_computes_something_else_is_refused():
         top_k_feed_forward(model, k=16)
 
 
+def test_an_activation_that_is_learned_is_refused():
+    model = tiny_model("llama")
+    feed_forward(model).act_fn = torch.nn.PReLU()
+    with pytest.raises(UnsupportedArchitecture, match=r"model\.layers\.1 of LlamaForCausalLM"):
+        top_k_feed_forward(model, k=16)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -116,6 +116,8 @@ def _parts(module: nn.Module) -> _Parts | None:
     others = [child for child in children if child not in matrices and child not in dropouts]
     if len(matrices) not in (2, 3) or len(dropouts) > 1 or len(others) != 1:
         return None
+    if next(others[0].parameters(), None) is not None:  # an activation that is learned would get no gradient
+        return None
     factor = matrices[1] if len(matrices) == 3 else None
     return _Parts(matrices[0], factor, matrices[-1], others[0], dropouts[0] if dropouts else None)
 

@@ -46,7 +46,7 @@ def top_k_attention(
 
     Args:
         queries: Shape (batch, heads, n, width), float.
-        keys: Shape (batch, key heads, m, width); the heads are a multiple of the key heads and share them in order.
+        keys: Shape (batch, key heads, m, width), m ≥ 1; the heads are a multiple of the key heads and share them in order.
         values: Shape (batch, key heads, m, value width).
         k: Keys a query, at least 1; from m on this is plain attention.
         scale: Of the products; None means 1 / √width.
@@ -173,10 +173,10 @@ class _Draws:
 
     def __init__(self, settings: _Settings, device: torch.device) -> None:
         self.dropout = settings.dropout
-        self.generator = torch.Generator(device).manual_seed(settings.seed)
+        self.generator = torch.Generator(device).manual_seed(settings.seed) if settings.dropout else None
 
     def kept(self, shape: torch.Size) -> Tensor | None:
-        if not self.dropout:
+        if self.generator is None:
             return None
         return torch.rand(shape, generator=self.generator, device=self.generator.device) >= self.dropout
 
