@@ -46,7 +46,7 @@ def top_k_attention(
 
     Args:
         queries: Shape (batch, heads, n, width), float.
-        keys: Shape (batch, key heads, m, width), m ≥ 1; the heads are a multiple of the key heads and share them in order.
+        keys: Shape (batch, key heads, m, width), m ≥ 1; heads are a multiple of key heads and share them in order.
         values: Shape (batch, key heads, m, value width).
         k: Keys a query, at least 1; from m on this is plain attention.
         scale: Of the products; None means 1 / √width.
