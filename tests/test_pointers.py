@@ -156,6 +156,9 @@ def test_empty_and_bad_input(memory):
     for settings in ({"least": 0}, {"least": math.nan}, {"least": 1, "stream": 0}):
         with pytest.raises(ConfigError, match="expected at least 1"):
             Pointers(memory, **settings)
+    for stream in (1.5, math.inf):
+        with pytest.raises(ConfigError, match="expected a whole number of targets"):
+            Pointers(memory, 1, stream)
     queries, targets = questions(memory)
     with pytest.raises(ConfigError, match="k is 10000"):
         follow(memory, queries, targets, STARTS, 10_000, least=1)
