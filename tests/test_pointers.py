@@ -8,6 +8,7 @@ import torch
 
 from fake_encoder import FakeEncoder, random_documents
 from memlm import Datastore, KnnMixture, attach, evaluate, explain
+from memlm.cache import Cache
 from memlm.datastore import Pointers, follow
 from memlm.errors import ConfigError, ModelError, ShapeError
 from memlm.evaluation._retrieval import Text, retrieve
@@ -207,6 +208,21 @@ def test_own_document_stays_left_out(planted):
         entries = batch.found.entries[mine][batch.found.present[mine]]
         assert ((entries >= first) & (entries < stop)).any() != leave_out
         assert batch.searched < 1
+
+
+def test_searches_of_several_datastores_are_all_counted(planted):
+    lm, memory, text, _ = planted
+    pointers = Pointers(memory, 2)
+
+    def searched(*memories):
+        (batch,) = retrieve(lm, Text(lm, documents([text])), memories, [8] * len(memories), show_progress=False)
+        return batch.searched
+
+    alone = searched(pointers)
+    assert 0 < alone < 0.5
+    for memories in ((pointers, memory), (memory, pointers), (memory, Cache(9), pointers)):
+        assert searched(*memories) == pytest.approx((1 + alone) / 2)
+    assert searched(pointers, pointers) == pytest.approx(alone)
 
 
 def test_not_for_generating(planted):
