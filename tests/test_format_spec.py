@@ -63,7 +63,9 @@ def test_a_reader_written_from_the_page(key_dtype, index, tiny_lm, documents, tm
     Datastore(folder).remove(gone.id)
     manifest = read_manifest(folder)
     table = set(re.findall(r"^\| `([^`]+)` \|", PAGE.split("## Manifest")[1].split("## Entries")[0], re.MULTILINE))
-    assert fields(manifest) | {"index", "parent"} == {name for name in table if index != "exact" or "index." not in name}
+    assert fields(manifest) | {"index", "parent"} == {
+        name for name in table if index != "exact" or "index." not in name
+    }
     for part in manifest["segments"]:
         raw = {name: (folder / "segments" / part["name"] / name).read_bytes() for name in part["files"]}
         assert part["files"] == {n: {"bytes": len(b), "sha256": sha256(b).hexdigest()} for n, b in raw.items()}
