@@ -405,6 +405,8 @@ def test_a_comparison_is_shown_before_it_is_written(world, place, monkeypatch):
         ["eval", "m", "d", "t", "--unknown"],
         ["explain", "m", "d", "t", "--sources", "0"],
         ["generate", "m", "d", "t", "--max-new-tokens", "0"],
+        ["generate", "m", "d", "t", "--seed", "-1"],
+        ["generate", "m", "d", "t", "--seed", str(10**20)],
         ["doctor", "d", "--documents", "0"],
         ["build", "m", "t"],
     ],

@@ -159,7 +159,22 @@ def open_all(
     if mixture is None and k is None and isinstance(settings, KnnMixture) and memory is not None:
         settings = dataclasses.replace(settings, k=min(settings.k, len(memory)))
     memories = memories_of(settings, memory)
+    if mixture is not None and memory is not None and memory in memories:
+        _tell_of_another(mixture, memory)
     return load_for(memory, model, dtype, device), memories, settings
+
+
+def _tell_of_another(mixture: Path, memory: Datastore) -> None:
+    """Say so where saved settings were fitted with other datastores; which may be what is wanted."""
+    from ..mixtures import fitted_with
+
+    recorded, given = fitted_with(mixture), memory.manifest.content_sha256
+    if recorded and given not in recorded:
+        others = ", ".join(item[:12] for item in recorded[:3])
+        note(
+            f"{mixture} was fitted with the datastore {others}, but {memory.path} is {given[:12]}; `memlm tune` fits "
+            "settings to this one"
+        )
 
 
 def memories_of(mixture: AnyMixture, memory: Datastore | None) -> list[Datastore | Cache]:

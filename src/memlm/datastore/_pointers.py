@@ -50,7 +50,7 @@ class Pointers:
             all of them advance together: long ones save more searches, short ones are more that share a search.
 
     Raises:
-        ConfigError: A number is below 1.
+        ConfigError: A number is below 1, or the stream is no whole number.
     """
 
     memory: Datastore
@@ -61,6 +61,8 @@ class Pointers:
         for name in ("least", "stream"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not isinstance(self.stream, int):
+            raise ConfigError(f"stream is {self.stream}; expected a whole number of targets")
 
     def __len__(self) -> int:
         return len(self.memory)

@@ -52,6 +52,7 @@ class FaissIndex:
         self._keys = keys
         if isinstance(known, FaissIndex) and known.part == part:
             self._faiss = known._faiss
+            _set_nprobe(self._faiss, part.details["nprobe"])
             return
         try:
             nprobe = int(part.details["nprobe"])
@@ -75,6 +76,22 @@ class FaissIndex:
     def entries(self) -> int:
         """How many entries it holds, from the first."""
         return self.part.details["entries"]
+
+    def visit(self, lists: int) -> None:
+        """Visit so many lists a query from now on, here alone: fewer are faster, and miss more neighbors.
+
+        `details` then name them, and no recall, which was measured with another number.
+
+        Raises:
+            IndexError_: The index has not so many lists, or none.
+        """
+        ivf = faiss.try_extract_index_ivf(self._faiss)
+        most = ivf.nlist if ivf is not None else 0
+        if not 1 <= lists <= most:
+            raise IndexError_(f"{lists} lists to visit, but this index has {most}; expected 1 to so many")
+        _set_nprobe(self._faiss, lists)
+        kept = {name: value for name, value in self.details.items() if not name.startswith("recall")}
+        self.details = {**kept, "nprobe": lists}
 
     def search(self, queries: npt.NDArray[np.float32], k: int, exclude: tuple[int, int]) -> Neighbors:
         """See `Index.search`."""
