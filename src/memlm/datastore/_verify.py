@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DatastoreError
+from ..files import json_bytes
 from ..progress import progress
-from ._manifest import Manifest
+from ._manifest import CURRENT, Manifest, manifest_name
 from ._segment import Segment, sha256
 from ._stored import Directory, open_segments
 from ._version import Version
@@ -38,6 +39,8 @@ def verify(path: str | Path, *, show_progress: bool = False) -> list[str]:
             versions.append(manifest)  # noqa: PERF402  (what was read before an error counts)
     except DatastoreError as error:
         found.append(str(error))
+    found += [_altered(path / name) for name in [CURRENT, *(manifest_name(item.version) for item in versions)]]
+    found = [line for line in found if line]
     parts = {("segments", part.name): part for manifest in versions for part in manifest.segments}
     parts |= {("index", manifest.index.name): manifest.index for manifest in versions if manifest.index}
     sound: set[tuple[str, str]] = set()
@@ -62,6 +65,17 @@ def verify(path: str | Path, *, show_progress: bool = False) -> list[str]:
         except DatastoreError as error:
             found.append(f"version {manifest.version}: {error}")
     return found
+
+
+def _altered(file: Path) -> str:
+    """Say so where the bytes of a manifest are not those that `write_json` writes, whatever they mean; "" otherwise."""
+    try:
+        data = file.read_bytes()
+        if data == json_bytes(json.loads(data)):
+            return ""
+    except (OSError, ValueError, RecursionError):
+        pass
+    return f"{file} is not as it was written; restore it from a copy"
 
 
 def wrong(segment: Segment, manifest: Manifest) -> Iterator[str]:
