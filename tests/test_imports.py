@@ -24,6 +24,7 @@ ALLOWED = {
     "index": EVERYWHERE | {"neighbors", "datastore"},
     "datastore": EVERYWHERE | {"neighbors", "documents", "index"},
     "models": EVERYWHERE | {"cache", "documents", "ops"},
+    "layers": EVERYWHERE - {"evidence"} | {"ops", "models"},
 }
 
 

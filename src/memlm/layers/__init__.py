@@ -1,0 +1,23 @@
+"""Memory inside a model: trainable torch modules, and what puts them into Hugging Face decoders and takes them out."""
+
+from ._memorize import AttentionMemories as AttentionMemories
+from ._memorize import forget as forget
+from ._memorize import memorize as memorize
+from ._memorize import memory_of as memory_of
+from ._memory_attention import AttentionMemory as AttentionMemory
+from ._memory_settings import MemorySettings as MemorySettings
+from ._ring import KeyValueMemory as KeyValueMemory
+from ._ring import Recalled as Recalled
+from ._ring import Ring as Ring
+
+__all__ = [
+    "AttentionMemories",
+    "AttentionMemory",
+    "KeyValueMemory",
+    "MemorySettings",
+    "Recalled",
+    "Ring",
+    "forget",
+    "memorize",
+    "memory_of",
+]
