@@ -67,7 +67,7 @@ class AttentionMemories:
         self.memories: dict[int, AttentionMemory] = {}
         self._known: Tensor | None = None
         self._wrapped: list[_Wrapped] = []
-        self._decoder = find_decoder(model)
+        self._decoder: Any = find_decoder(model)
         self._decoder._memlm_memory = self
         self._hook = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
 
@@ -200,7 +200,7 @@ class AttentionMemories:
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook before the decoder: what the last pass left is remembered now."""
         given = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
-        text = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        text = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         mask = given.get("attention_mask")
         self._known = None
         for memory in self.memories.values():

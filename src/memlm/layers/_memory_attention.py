@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class AttentionMemory(nn.Module):
         self.store: KeyValueMemory = Ring(settings.size)
         self.writes = True
         self.order: Tensor | None = None
-        self._rotary = [rotary]  # in a list, so that it is no module of this one
+        self._rotary: Any = rotary
         self._waiting: tuple[Tensor, Tensor, Tensor | None] | None = None
         if settings.combine == "gate":
             self.gate = nn.Parameter(torch.zeros(heads))
@@ -206,13 +206,13 @@ class AttentionMemory(nn.Module):
         if self.settings.positions == "none":
             return queries
         room = self.settings.top_k if self.settings.positions == "rebased" else 0
-        return self._rotary[0](queries, (seen - 1).clamp_min(0) + room)
+        return self._rotary(queries, (seen - 1).clamp_min(0) + room)
 
     def _rotated(self, keys: Tensor) -> Tensor:
         """Rotate keys, shape (batch, heads, n, k, d), as the last k of `top_k` that stand before the text."""
         k, room = keys.shape[3], self.settings.top_k
         places = torch.arange(room - k, room, device=keys.device)
-        return self._rotary[0](keys.flatten(1, 2), places[None]).view(keys.shape)
+        return self._rotary(keys.flatten(1, 2), places[None]).view(keys.shape)
 
     def _weight(self, mass: Tensor, local: Local) -> Tensor:
         if self.settings.combine == "gate":
