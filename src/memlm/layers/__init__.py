@@ -9,6 +9,8 @@ from ._memory_settings import MemorySettings as MemorySettings
 from ._ring import KeyValueMemory as KeyValueMemory
 from ._ring import Recalled as Recalled
 from ._ring import Ring as Ring
+from ._save_memory import load_attention_memory as load_attention_memory
+from ._save_memory import save_attention_memory as save_attention_memory
 
 __all__ = [
     "AttentionMemories",
@@ -18,6 +20,8 @@ __all__ = [
     "Recalled",
     "Ring",
     "forget",
+    "load_attention_memory",
     "memorize",
     "memory_of",
+    "save_attention_memory",
 ]

@@ -39,7 +39,6 @@ class _Call(NamedTuple):
     hidden: Tensor
     rotation: tuple[Tensor, Tensor] | None
     cache: Any
-    known: Tensor | None
 
 
 class _Wrapped(NamedTuple):
@@ -65,10 +64,9 @@ class AttentionMemories:
     def __init__(self, model: Any, settings: MemorySettings) -> None:
         self.model, self.settings = model, settings
         self.memories: dict[int, AttentionMemory] = {}
-        self._known: Tensor | None = None
         self._wrapped: list[_Wrapped] = []
         self._decoder: Any = find_decoder(model)
-        self._decoder._memlm_memory = self
+        self._decoder._memlm_memory = self  # type: ignore[bad-argument-type]
         self._hook = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     def reset(self, rows: Tensor | Sequence[bool] | None = None) -> None:
@@ -191,7 +189,7 @@ class AttentionMemories:
                 cache = given.pop(name, None) if cache is None else cache
             if rotation is not None:
                 given["position_embeddings"] = (torch.ones_like(rotation[0]), torch.zeros_like(rotation[1]))
-            call = _Call(module.memory, config, given["hidden_states"], rotation, cache, self._known)  # type: ignore
+            call = _Call(module.memory, config, given["hidden_states"], rotation, cache)  # type: ignore
             return (), given | {"memlm_call": call}
 
         hook = attention.register_forward_pre_hook(prepare, with_kwargs=True)
@@ -202,12 +200,11 @@ class AttentionMemories:
         given = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
         text = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         mask = given.get("attention_mask")
-        self._known = None
+        known = mask[:, -text.shape[1] :].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         for memory in self.memories.values():
             memory.remember()
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            self._known = mask[:, -text.shape[1] :].bool()
-        elif mask is not None and any(memory.writes for memory in self.memories.values()):
+            memory.known = known
+        if known is None and mask is not None and any(memory.writes for memory in self.memories.values()):
             raise ModelError(
                 "attention_mask does not say which tokens are padding; pass one of shape (batch, tokens), or run the "
                 "model inside `with memory.read_only():`"
@@ -305,7 +302,7 @@ def _attend(
         dropout: Of attention weights.
         kwargs: For the model's own attention function.
     """
-    memory, config, hidden, rotation, cache, known = memlm_call
+    memory, config, hidden, rotation, cache = memlm_call
     if kwargs.get("s_aux") is not None:
         raise UnsupportedArchitecture(f"{type(module).__name__} has attention sinks, which memory does not know")
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4):
@@ -319,6 +316,7 @@ def _attend(
     local_key, local_value = key, value
     if rotation is not None:
         local_query, local_key = rotated(apply_function(module), local_query, local_key, *rotation)
+    memory.follow(cache, getattr(module, "layer_idx", 0), query.shape[2])
     if cache is not None:
         local_key, local_value = cache.update(local_key, value, module.layer_idx)
     eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
@@ -327,8 +325,8 @@ def _attend(
         module, local_query, local_key, local_value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
     )
     local = Local(output, local_query, local_key, attention_mask, scale, kwargs.get("softcap"), dropout)
-    joined = memory.join(local, own, known)
-    memory.leave(key, value, known)
+    joined = memory.join(local, own)
+    memory.leave(key, value)
     return joined, weights
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from ..errors import ShapeError
+from ..errors import ModelError, ShapeError
 from ..ops import (
     age_drop_off,
     gate_weight,
@@ -82,8 +84,12 @@ class AttentionMemory(nn.Module):
         self.store: KeyValueMemory = Ring(settings.size)
         self.writes = True
         self.order: Tensor | None = None
+        self.known: Tensor | None = None  # which tokens of this pass are text, bool, shape (batch, tokens); None is all
         self._rotary: Any = rotary
         self._waiting: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._cache: weakref.ref[Any] | None = None  # that of the last pass …
+        self._length = 0  # … how long it was then …
+        self._passed: Tensor | int = 0  # … and how many of its tokens of each row were not remembered
         if settings.combine == "gate":
             self.gate = nn.Parameter(torch.zeros(heads))
         elif settings.combine == "null_slot":
@@ -107,10 +113,28 @@ class AttentionMemory(nn.Module):
             self.store.write(*self._waiting)
             self._waiting = None
 
-    def leave(self, keys: Tensor, values: Tensor, known: Tensor | None) -> None:
+    def follow(self, cache: Any, layer: int, tokens: int) -> None:
+        """Notice which cache a pass of some tokens goes on with, before it is updated.
+
+        Raises:
+            ModelError: Tokens that were remembered have been cut off it.
+        """
+        if self._cache is None or self._cache() is not cache:
+            self._cache, self._length, self._passed = None if cache is None else weakref.ref(cache), 0, 0
+        if type(cache) is DynamicCache and self.writes:
+            if cache.get_seq_length(layer) < self._length:
+                raise ModelError(
+                    "past_key_values was cut back, as assisted decoding does, but memory has what was cut off; "
+                    "generate inside `with memory.read_only():`"
+                )
+            self._length = cache.get_seq_length(layer) + tokens
+
+    def leave(self, keys: Tensor, values: Tensor) -> None:
         """Let keys and values, shape (batch, key heads, tokens, d), un-rotated, wait for the next pass."""
         if self.writes and self.settings.size:
-            self._waiting = keys.detach(), values.detach(), known
+            self._waiting = keys.detach(), values.detach(), self.known
+        elif not self.writes:
+            self._passed = self._passed + (keys.shape[2] if self.known is None else self.known.sum(1, True))
 
     def normalized(self, queries: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Return queries and keys whose products, times `scale`, are those of this layer."""
@@ -130,7 +154,7 @@ class AttentionMemory(nn.Module):
             queries = queries + self.query(hidden).view(*hidden.shape[:2], *queries.shape[1::2]).transpose(1, 2)
         return queries if self.settings.normalize == "none" else self._sharp(queries, scale)
 
-    def join(self, local: Local, queries: Tensor, known: Tensor | None) -> Tensor:
+    def join(self, local: Local, queries: Tensor) -> Tensor:
         """Return the attention to memory and text, shape (batch, tokens, heads, d).
 
         Entries that local attention still sees, in a carried cache, are not read from memory as well.
@@ -138,7 +162,6 @@ class AttentionMemory(nn.Module):
         Args:
             local: What the layer's own attention has computed; its output is returned where memory is empty.
             queries: To memory, un-rotated, shape (batch, heads, tokens, d).
-            known: Bool, shape (batch, tokens): False for padding; None means that all are text.
 
         Raises:
             ShapeError: Memory holds another number of rows.
@@ -149,11 +172,12 @@ class AttentionMemory(nn.Module):
         copies = self._copies(batch)
         seen = local.seen()
         ones = torch.ones(batch, tokens, dtype=torch.int64, device=queries.device)
-        now = (ones if known is None else known.long()).cumsum(dim=1)  # of this pass, (batch, tokens)
+        now = (ones if self.known is None else self.known.long()).cumsum(dim=1)  # of this pass, (batch, tokens)
         written = self.store.written.repeat_interleave(copies)[:, None]
         placed = self._placed(queries, seen)
         searched = queries if self.settings.positions == "rebased" else placed
-        recalled = self._read(searched, written - (seen - now).clamp_min(0), local.keys.shape[1], copies)
+        remembered = (seen - now - self._passed).clamp_min(0)  # of what local attention sees, (batch, tokens)
+        recalled = self._read(searched, written - remembered, local.keys.shape[1], copies)
         if recalled is None:
             return local.output
         if self.settings.positions == "rebased":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from ..errors import ConfigError
 
@@ -60,15 +59,3 @@ class MemorySettings:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MemorySettings:
-        """Read what `dataclasses.asdict` gave.
-
-        Raises:
-            ConfigError: A name is unknown, or a value cannot work.
-        """
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ConfigError(f"unknown setting {unknown[0]!r}; a newer memlm may have written it")
-        return cls(**values)
