@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlm.errors import ConfigError, ShapeError
-from memlm.layers import MemorySettings, Ring, memorize
+from memlm.layers import AttentionMemorySettings, Ring, memorize
 from memlm.ops import largest, local_log_mass, memory_attention, nearest_keys
 from memory_oracle import Layer, array
 from tiny_models import tiny_model
@@ -184,4 +184,4 @@ def test_a_ring_refuses_other_rows_and_states():
 )
 def test_settings_that_cannot_work_are_refused(wrong, message):
     with pytest.raises(ConfigError, match=message):
-        MemorySettings(**wrong)
+        AttentionMemorySettings(**wrong)

@@ -5,7 +5,7 @@ from ._memorize import forget as forget
 from ._memorize import memorize as memorize
 from ._memorize import memory_of as memory_of
 from ._memory_attention import AttentionMemory as AttentionMemory
-from ._memory_settings import MemorySettings as MemorySettings
+from ._memory_settings import AttentionMemorySettings as AttentionMemorySettings
 from ._ring import KeyValueMemory as KeyValueMemory
 from ._ring import Recalled as Recalled
 from ._ring import Ring as Ring
@@ -15,8 +15,8 @@ from ._save_memory import save_attention_memory as save_attention_memory
 __all__ = [
     "AttentionMemories",
     "AttentionMemory",
+    "AttentionMemorySettings",
     "KeyValueMemory",
-    "MemorySettings",
     "Recalled",
     "Ring",
     "forget",

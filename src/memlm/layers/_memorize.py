@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..errors import ConfigError, ModelError, UnsupportedArchitecture
 from ..models import decoder_layers, find_decoder
 from ._memory_attention import AttentionMemory, Local
-from ._memory_settings import MemorySettings
+from ._memory_settings import AttentionMemorySettings
 from ._ring import Ring
 from ._rotary import Rotary, apply_function, rotated
 
@@ -61,7 +61,7 @@ class AttentionMemories:
         memories: By layer number.
     """
 
-    def __init__(self, model: Any, settings: MemorySettings) -> None:
+    def __init__(self, model: Any, settings: AttentionMemorySettings) -> None:
         self.model, self.settings = model, settings
         self.memories: dict[int, AttentionMemory] = {}
         self._wrapped: list[_Wrapped] = []
@@ -220,7 +220,7 @@ def memorize(model: Any, layers: Sequence[int] = (-1,), **settings: Any) -> Atte
         model: A causal LM with rotary or learned positions, whose attention goes through transformers' attention
             interface: Llama, GPT-2, GPT-NeoX, Qwen and the like.
         layers: Their numbers, from 0 at the embedding, or from −1 at the end.
-        settings: Of `MemorySettings`.
+        settings: Of `AttentionMemorySettings`.
 
     Returns:
         The memories, to be reset, saved and removed.
@@ -241,7 +241,7 @@ def memorize(model: Any, layers: Sequence[int] = (-1,), **settings: Any) -> Atte
         >>> memory.reset()
         >>> forget(model)
     """
-    chosen = MemorySettings(**settings)
+    chosen = AttentionMemorySettings(**settings)
     if hasattr(find_decoder(model), "_memlm_memory"):
         raise ModelError("this model has a memory already; forget(model) removes it")
     found = decoder_layers(model)
@@ -330,7 +330,7 @@ def _attend(
     return joined, weights
 
 
-def _added(model: Any, settings: MemorySettings, attentions: dict[int, Any]) -> AttentionMemories:
+def _added(model: Any, settings: AttentionMemorySettings, attentions: dict[int, Any]) -> AttentionMemories:
     memories = AttentionMemories(model, settings)
     try:
         for number, attention in attentions.items():
@@ -344,7 +344,7 @@ def _added(model: Any, settings: MemorySettings, attentions: dict[int, Any]) -> 
 def _check(model: Any, attentions: dict[int, Any]) -> None:
     """Raise unless the model computes with an empty memory what it does without one."""
     before = _probe(model)
-    memories = _added(model, MemorySettings(size=1), attentions)
+    memories = _added(model, AttentionMemorySettings(size=1), attentions)
     try:
         after = _probe(model)
         reached = all(memory.waits for memory in memories.memories.values())

@@ -20,7 +20,7 @@ from ..ops import (
     null_slot_weight,
     recalled_scores,
 )
-from ._memory_settings import MemorySettings
+from ._memory_settings import AttentionMemorySettings
 from ._ring import KeyValueMemory, Recalled, Ring
 from ._rotary import Rotary
 
@@ -77,7 +77,7 @@ class AttentionMemory(nn.Module):
     """
 
     def __init__(
-        self, settings: MemorySettings, heads: int, width: int, head_width: int, rotary: Rotary | None
+        self, settings: AttentionMemorySettings, heads: int, width: int, head_width: int, rotary: Rotary | None
     ) -> None:
         super().__init__()
         self.settings = settings

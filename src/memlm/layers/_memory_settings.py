@@ -20,7 +20,7 @@ _CHOICES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemorySettings:
+class AttentionMemorySettings:
     """How attention remembers and reads.
 
     Attributes:
