@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TOGETHER = 1 << 24  # scores held at once: 64 MiB
+_ON_CPU, _ELSEWHERE = 1 << 22, 1 << 27  # scores held at once: 16 MiB stay near the processor
+_QUERIES = 64  # with fewer at once, a matrix product is slow
 
 
 def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -42,6 +43,8 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
 def nearest_keys(queries: Tensor, keys: Tensor, places: Tensor, before: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the keys of a memory with the largest inner products, exactly; products are never in half precision.
 
@@ -66,18 +69,29 @@ def nearest_keys(queries: Tensor, keys: Tensor, places: Tensor, before: Tensor, 
         >>> slots[found]
         tensor([0])
     """
-    with torch.autocast(queries.device.type, enabled=False):
-        wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
-        columns = keys.to(wide).transpose(-1, -2)  # (rows, heads, d, m)
-        rows, heads, n, _ = queries.shape
-        m = keys.shape[2]
-        all_seen = bool(((places >= 0) & (places < before.amin(dim=1, keepdim=True))).all())
-        found = []
-        for some in torch.arange(n, device=queries.device).split(max(1, _TOGETHER // max(1, rows * heads * m))):
-            scores = queries[:, :, some].to(wide) @ columns  # (rows, heads, some, m)
-            if not all_seen:
-                seen = (places >= 0)[:, None] & (places[:, None] < before[:, some, None])  # (rows, some, m)
-                scores.masked_fill_(~seen[:, None], -torch.inf)
-            found.append(largest(scores, min(k, m)))
-    values, slots = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
-    return slots, values > -torch.inf
+    (rows, heads, n, _), m = queries.shape, keys.shape[2]
+    k = min(k, m)
+    seen_by_all = bool(((places >= 0) & (places < before.amin(dim=1, keepdim=True))).all())
+    room = _ON_CPU if queries.device.type == "cpu" else _ELSEWHERE
+    together = min(rows * heads, max(1, room // (_QUERIES * m)))  # rows and heads
+    at_once = min(n, max(1, room // (together * m)))  # queries
+    wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    buffer = torch.empty(together * at_once * m, dtype=wide, device=queries.device)
+    values = torch.empty(rows * heads, n, k, dtype=wide, device=queries.device)
+    slots = torch.empty(rows * heads, n, k, dtype=torch.int64, device=queries.device)
+    queries, keys = queries.flatten(0, 1), keys.flatten(0, 1)  # (rows · heads, n, d) and (rows · heads, m, d)
+    places, before = (part.repeat_interleave(heads, dim=0)[:, None] for part in (places, before))
+    for first in range(0, rows * heads, together):
+        some = slice(first, first + together)
+        columns = keys[some].to(wide).transpose(1, 2)  # (together, d, m)
+        for start in range(0, n, at_once):
+            part = slice(start, start + at_once)
+            query = queries[some, part].to(wide)
+            scores = buffer[: query.shape[0] * query.shape[1] * m].view(*query.shape[:2], m)
+            torch.bmm(query, columns, out=scores)  # a new tensor each time would cost more than the product
+            if not seen_by_all:
+                unseen = (places[some] < 0) | (places[some] >= before[some, :, part].transpose(1, 2))
+                scores.masked_fill_(unseen, -torch.inf)
+            values[some, part], slots[some, part] = largest(scores, k)
+    shape = (rows, heads, n, k)
+    return slots.view(shape), values.view(shape) > -torch.inf
