@@ -23,7 +23,6 @@ class Sizes:
         learning_rate: Of AdamW.
         memory: Tokens remembered while training.
         top_k: Of these, how many a query attends to.
-        smaller: Memory sizes that are measured as well, falling.
         test: Documents that are measured.
     """
 
@@ -40,8 +39,12 @@ class Sizes:
     learning_rate: float = 0.003
     memory: int = 256
     top_k: int = 32
-    smaller: tuple[int, ...] = (128, 64, 32)
     test: int
+
+    @property
+    def smaller(self) -> tuple[int, ...]:
+        """Memory sizes that are measured as well."""
+        return self.memory // 2, self.memory // 4, self.memory // 8
 
     @property
     def tokens(self) -> int:
