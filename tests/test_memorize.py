@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memlm.errors import ConfigError, FormatVersionError, ModelError, ShapeError, UnsupportedArchitecture
 from memlm.layers import AttentionMemory, forget, load_attention_memory, memorize, memory_of, save_attention_memory
+from memlm.ops import nearest_keys
 from tiny_models import END_OF_TEXT_ID, FAMILIES, tiny_model
 
 # attention of their own, sinks, or layers without rotary positions
@@ -79,9 +81,11 @@ def test_layers_that_do_not_exist_and_a_second_memory_are_refused():
         memorize(tiny_model("gpt2"), positions="rebased")
 
 
-@pytest.mark.parametrize("family", SOME)
-def test_rows_are_independent_documents(family):
-    """A row with memory gives what it gives alone, whatever its neighbors read and when they begin."""
+def farthest_from_alone(family):
+    """Read three documents in two rows, and each alone; return the largest difference and what rolled rows gave.
+
+    A row with memory gives what it gives alone, whatever its neighbors read and when they begin.
+    """
     model = tiny_model(family)
     memory = memorize(model, layers=[1], size=24, top_k=4)
     documents = [text(1, 50, seed) for seed in range(3)]
@@ -98,13 +102,44 @@ def test_rows_are_independent_documents(family):
         memory.reset([number in (0, 5), number in (0, 1)])
         seen.append(logits(model, torch.cat([one, two])))
     rows = torch.cat(seen, dim=1)
-    assert torch.allclose(rows[0, :50], alone[0][0], atol=1e-4)
-    assert torch.allclose(rows[0, 50:], alone[2][0], atol=1e-4)
-    assert torch.allclose(rows[1, 10:60], alone[1][0], atol=1e-4)
-    # control: rows that read each other's memory are something else
-    with memory.reading_from([1, 0]):
+    pairs = (rows[0, :50], alone[0][0]), (rows[0, 50:], alone[2][0]), (rows[1, 10:60], alone[1][0])
+    return max((one - other).abs().max().item() for one, other in pairs), (model, memory)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_rows_are_independent_documents(family):
+    difference, (model, memory) = farthest_from_alone(family)
+    assert difference < 1e-4
+    with memory.reading_from([1, 0]):  # control: rows that read each other's memory are something else
         rolled = logits(model, text(2, 10, 4))
     assert not torch.allclose(rolled, logits(model, text(2, 10, 4)), atol=1e-2)
+
+
+def test_without_the_mask_rows_that_began_again_would_show(monkeypatch):
+    """Negative control: what is left in the slots of a row that was reset is read."""
+
+    def unmasked(queries, keys, places, before, k):
+        slots, found = nearest_keys(queries, keys, places.abs(), before.clamp_min(1 << 40), k)
+        return slots, torch.ones_like(found)
+
+    monkeypatch.setattr("memlm.layers._ring.nearest_keys", unmasked)
+    assert farthest_from_alone("llama")[0] > 1e-2
+
+
+def test_written_before_it_reads_a_pass_would_find_itself(monkeypatch):
+    """Negative control for the test below."""
+    model = tiny_model("llama")
+    plain = logits(model, text())
+    memorize(model, layers=[1], size=64, top_k=4)
+    attend = ALL_ATTENTION_FUNCTIONS["memlm_memory"]
+
+    def too_early(*args, memlm_call, **kwargs):
+        attend(*args, memlm_call=memlm_call, **kwargs)
+        memlm_call.memory.remember()
+        return attend(*args, memlm_call=memlm_call, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "memlm_memory", too_early)
+    assert not torch.allclose(logits(model, text(), use_cache=False), plain, atol=1e-2)
 
 
 def test_a_pass_does_not_find_itself():

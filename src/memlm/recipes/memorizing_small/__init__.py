@@ -32,27 +32,16 @@ bootstrap over documents. A claim "by −0.1" says that something is not lower b
 NATS = Unit("nats a value", lambda mean: mean, lambda difference: f"{difference:+.3f}")
 
 
-def long(size: int) -> str:
-    """Return the row of values said in earlier segments alone."""
-    return f"long, memory {size}"
-
-
-WHOLE, SHORT, FIRST, ROLLED, GATE = (
-    long(FULL.memory),
-    "short",
-    "first",
-    "long, memory of other documents",
-    "gate, 0 to 1",
-)
-NOTHING = long(0)
+WHOLE, NOTHING, ROLLED = "long", "long, no memory", "long, memory of other documents"
+SMALLER = {2: "long, half the memory", 4: "long, a quarter of it", 8: "long, an eighth of it"}
 ADDED = {form: f"long, {form} added without training" for form in ("joint", "gate")}
-SMALLER = [long(size) for size in FULL.smaller]
-ROWS = (WHOLE, *SMALLER, NOTHING, ROLLED, *ADDED.values(), SHORT, FIRST, GATE)
+SHORT, FIRST, GATE = "short", "first", "gate, 0 to 1"
+ROWS = (WHOLE, *SMALLER.values(), NOTHING, ROLLED, *ADDED.values(), SHORT, FIRST, GATE)
 
 
 def _claims() -> tuple[Claim, ...]:
     nothing = Place("none", NOTHING)
-    falling = (WHOLE, *SMALLER, NOTHING)
+    falling = (WHOLE, *SMALLER.values(), NOTHING)
     return (
         *(
             Claim(text=f"{arm} recalls from memory", lower=Place(arm, WHOLE), higher=nothing, by=3.2)
@@ -60,7 +49,7 @@ def _claims() -> tuple[Claim, ...]:
         ),
         *(
             Claim(
-                text=f"gate with {less.removeprefix('long, ')} knows less",
+                text=f"gate knows less with {less.removeprefix('long, ')}",
                 lower=Place("gate", more),
                 higher=Place("gate", less),
                 by=0.01,

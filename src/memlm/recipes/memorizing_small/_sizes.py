@@ -42,15 +42,23 @@ class Sizes:
     test: int
 
     @property
-    def smaller(self) -> tuple[int, ...]:
-        """Memory sizes that are measured as well."""
-        return self.memory // 2, self.memory // 4, self.memory // 8
-
-    @property
     def tokens(self) -> int:
         """Tokens of a batch."""
         return self.rows * self.segments * self.segment
 
 
 FULL = Sizes(batches=150, tuned_batches=40, test=128)
-TINY = Sizes(batches=2, tuned_batches=1, test=32, rows=8)
+TINY = Sizes(
+    keys=12,
+    names=6,
+    segment=16,
+    segments=4,
+    width=32,
+    heads=2,
+    batches=100,
+    tuned_batches=20,
+    learning_rate=0.01,
+    memory=64,
+    top_k=16,
+    test=64,
+)

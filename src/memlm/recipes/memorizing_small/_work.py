@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...layers import AttentionMemories, Ring, forget, memorize
 from .._experiment import Measured, Row, Task
-from . import ADDED, FIRST, GATE, ROLLED, SHORT, long
+from . import ADDED, FIRST, GATE, NOTHING, ROLLED, SHORT, SMALLER, WHOLE
 from ._recall import KINDS, Documents, RecallModel, recall_documents
 from ._sizes import Sizes
 
@@ -162,12 +162,13 @@ def _measured(model: RecallModel, memory: AttentionMemories, sizes: Sizes, arm: 
         return read(other)
 
     own = read(memory)
-    found = {long(0 if arm == "none" else sizes.memory): own}
+    found = {NOTHING if arm == "none" else WHOLE: own}
     if arm == "none":
         found |= {name: changed(sizes.memory, form) for form, name in ADDED.items()}
     if arm == "gate":
         found[ROLLED] = read(memory, _rolled(sizes.test))
-        found |= {long(size): changed(size, arm) for size in (*sizes.smaller, 0)}
+        found |= {name: changed(sizes.memory // part, arm) for part, name in SMALLER.items()}
+        found[NOTHING] = changed(0, arm)
     rows = {name: by["long"] for name, by in found.items()} | {SHORT: own["short"], FIRST: own["first"]}
     if _COMBINE.get(arm) == "gate":
         gates = state["lm.model.layers.0.self_attn.memory.gate"].sigmoid().mean()
