@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
 import memlm
 from memlm.evaluation._bootstrap import paired_bootstrap
@@ -72,16 +72,21 @@ class SmallLM(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        config = LlamaConfig(
+        config = SmolLM3Config(
             vocab_size=VOCABULARY,
             hidden_size=WIDTH,
             intermediate_size=344,
             num_hidden_layers=LAYERS,
             num_attention_heads=4,
+            num_key_value_heads=4,
             max_position_embeddings=LENGTH,
+            no_rope_layers=[1, 0],
             tie_word_embeddings=True,
+            pad_token_id=None,
+            bos_token_id=0,
+            eos_token_id=0,
         )
-        self.lm = LlamaForCausalLM(config)
+        self.lm = SmolLM3ForCausalLM(config)
         self.before = nn.Embedding(VOCABULARY, WIDTH)
         nn.init.normal_(self.before.weight, std=config.initializer_range)
 

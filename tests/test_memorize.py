@@ -19,7 +19,7 @@ from memlm.ops import nearest_keys
 from tiny_models import END_OF_TEXT_ID, FAMILIES, tiny_model
 
 # attention of their own, sinks, or layers without rotary positions
-REFUSED = {"gpt_neo", "gptj", "bloom", "mpt", "falcon", "falcon_sequential", "gpt_oss", "smollm3", "cohere2"}
+REFUSED = {"gpt_neo", "gptj", "bloom", "mpt", "falcon", "falcon_sequential", "gpt_oss", "cohere2"}
 SOME = ("llama", "gpt2", "gpt_neox", "qwen2", "qwen3")
 
 

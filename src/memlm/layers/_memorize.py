@@ -314,7 +314,7 @@ def _attend(
     own = memory.own_queries(query, hidden, scale)
     local_query, key = memory.normalized(query, key, scale)
     local_key, local_value = key, value
-    if rotation is not None:
+    if rotation is not None and getattr(module, "use_rope", True):  # some families have layers without positions
         local_query, local_key = rotated(apply_function(module), local_query, local_key, *rotation)
     memory.follow(cache, getattr(module, "layer_idx", 0), query.shape[2])
     if cache is not None:

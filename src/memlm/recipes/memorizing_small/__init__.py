@@ -29,7 +29,17 @@ all arms. Smaller memories are those of the trained model, not trained again.
 A claim holds where its difference and both 95 % intervals lie beyond what is claimed: Student's t over seeds and a
 bootstrap over documents. A claim "by −0.1" says that something is not lower by more than 0.1.
 """
-NATS = Unit("nats a value", lambda mean: mean, lambda difference: f"{difference:+.3f}")
+
+
+def _itself(mean: float) -> float:
+    return mean
+
+
+def _signed(difference: float) -> str:
+    return f"{difference:+.3f}"
+
+
+NATS = Unit("nats a value", _itself, _signed)
 
 
 WHOLE, NOTHING, ROLLED = "long", "long, no memory", "long, memory of other documents"
