@@ -47,7 +47,7 @@ class Sizes:
         return self.rows * self.segments * self.segment
 
 
-FULL = Sizes(batches=150, tuned_batches=40, test=128)
+FULL = Sizes(batches=120, tuned_batches=20, test=128)
 TINY = Sizes(
     keys=12,
     names=6,
