@@ -3,8 +3,10 @@
 import copy
 import gc
 import json
+import re
 import resource
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import memlm
 from memlm.errors import ConfigError, FormatVersionError, ModelError, ShapeError, UnsupportedArchitecture
 from memlm.layers import AttentionMemory, forget, load_attention_memory, memorize, memory_of, save_attention_memory
 from memlm.ops import nearest_keys
+from memlm.training import document_streams
 from tiny_models import END_OF_TEXT_ID, FAMILIES, tiny_model
 
 # attention of their own, sinks, or layers without rotary positions
@@ -177,6 +181,24 @@ def test_padding_is_not_remembered(family):
         logits(model, ids, attention_mask=torch.zeros(1, 1, 13, 13))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_that_have_no_text_left_are_padding(attention):
+    """The batches of `document_streams` end so."""
+    model = tiny_model("llama")
+    model.set_attn_implementation(attention)
+    memory = memorize(model, layers=[0, 1], size=24, top_k=4)
+    documents = [text(1, 50)[0].numpy(), text(1, 13, 1)[0].numpy()]
+    seen = []
+    for batch in document_streams(documents, rows=2, length=10):
+        memory.reset(batch.begins)
+        seen.append(logits(model, batch.input_ids, attention_mask=batch.known))
+        assert seen[-1].isfinite().all()
+    assert memory.state_dict()["1.written"].tolist() == [49, 12]
+    memory.reset()
+    alone = [logits(model, torch.from_numpy(part)[None]) for part in (documents[0][:40].reshape(4, 10))]
+    assert torch.allclose(torch.cat(seen[:4], dim=1)[0], torch.cat(alone, dim=1)[0], atol=1e-4)
+
+
 @pytest.mark.parametrize("family", [*SOME, "mistral"])
 def test_what_a_carried_cache_holds_is_not_read_from_memory_as_well(family):
     """With room for all, text read in pieces with a cache sees all of it once: as read in one piece."""
@@ -269,6 +291,29 @@ def test_generate_reads_the_document_from_memory(family):
     assert memory.memories[1].store.written.tolist() == [20 + 5 + 4, 20 + 9 + 4]
     with pytest.raises(ShapeError, match=r"generate inside `with memory.read_only\(\):`"):
         model.generate(prompts, attention_mask=mask, num_beams=3, **options)
+
+
+def test_the_page_runs_as_it_is_written():
+    page = (Path(__file__).parent.parent / "docs" / "memorizing.md").read_text()
+    names = {"memlm": memlm}
+    exec(compile(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], "docs/memorizing.md", "exec"), names)
+    assert names["loss"] > 0
+    for family in REFUSED & {"gptj", "falcon", "bloom", "mpt", "gpt_oss", "cohere2"}:
+        name = {"gptj": "GPT-J", "gpt_oss": "gpt-oss", "cohere2": "Cohere 2"}.get(family, family)
+        assert name.lower() in page.lower()
+
+
+def test_several_samples_of_a_row_read_its_memory():
+    model = tiny_model("gpt2")
+    memory = memorize(model, layers=[1], size=64, top_k=4)
+    logits(model, text(2, 20, 3))
+    with memory.read_only():
+        logits_of = model.generate(
+            text(2, 9), max_new_tokens=1, num_return_sequences=3, do_sample=True, pad_token_id=0,
+            return_dict_in_generate=True, output_logits=True,
+        ).logits[0]  # fmt: skip
+        expected = logits(model, text(2, 9))[:, -1]
+    assert torch.allclose(logits_of, expected.repeat_interleave(3, dim=0), atol=1e-4)
 
 
 def test_beams_are_scored_as_a_plain_pass_scores_them():
