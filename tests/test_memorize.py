@@ -127,6 +127,14 @@ def test_written_before_it_reads_a_pass_would_find_itself(monkeypatch):
     assert not torch.allclose(logits(model, text(), use_cache=False), plain, atol=1e-2)
 
 
+def test_a_memory_of_size_0_is_none():
+    model = tiny_model("llama")
+    plain = logits(model, text())
+    memorize(model, layers=[0, 1], size=0)
+    for _ in range(3):
+        assert torch.equal(logits(model, text()), plain)
+
+
 def test_a_pass_does_not_find_itself():
     model = tiny_model("llama")
     plain = logits(model, text())
