@@ -67,13 +67,13 @@ class Layer:
         keys, ages = self.keys[:, g], len(self.keys) - np.arange(len(self.keys)) + t
         rule, k = self.settings.positions, self.settings.top_k
         placed = query if rule == "none" else rotated(query, t + (k if rule == "rebased" else 0))
-        best = np.sort(np.argsort(-keys @ (query if rule == "rebased" else placed))[:k])
+        fading = np.exp(self.learned["forgetting"][h]) if self.settings.drop_off == "age" else 0.0
+        found = scale * keys @ (query if rule == "rebased" else placed) - fading * ages
+        best = np.sort(np.argsort(-found)[:k])
         keys = keys[best]
         if rule == "rebased":
             keys = rotated(keys, np.arange(k - len(best), k))
-        scores = scale * keys @ placed
-        if self.settings.drop_off == "age":
-            scores = scores - ages[best] * np.log1p(np.exp(self.learned["forgetting"][h])) / self.settings.size
+        scores = scale * keys @ placed - fading * ages[best]
         shares = np.exp(scores)
         mass = np.log(shares.sum())
         other = {"joint": local_mass, "gate": None, "null_slot": self.learned.get("null", np.zeros(h + 1))[h]}

@@ -36,6 +36,8 @@ def streamed(form, size=20, top_k=5, segments=6, tokens=7):
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        if "drop_off" in form:
+            memory.forgetting.add_(13.0)  # so that it shows
     layers = [Layer(attention, memories.settings, memory) for _ in range(2)]
     passed = []
     attention.register_forward_hook(
@@ -58,7 +60,7 @@ def test_a_layer_with_memory_is_what_brute_force_gives(form):
 @pytest.mark.parametrize("top_k", [4, 6])
 def test_brute_force_notices_one_neighbor_too_few_or_too_many(monkeypatch, top_k):
     read = Ring.read
-    monkeypatch.setattr(Ring, "read", lambda ring, queries, before, k, order: read(ring, queries, before, top_k, order))
+    monkeypatch.setattr(Ring, "read", lambda ring, queries, before, k, *more: read(ring, queries, before, top_k, *more))
     last = list(streamed({}))[-1]
     assert np.abs(last[0] - last[1]).max() > 1e-4
 

@@ -26,7 +26,7 @@ from ._rotary import Rotary
 
 _SCALE = 10.0  # of normalized queries and keys: with 1, attention could not be sharp
 _NULL = 4.0  # about the log mass of 32 entries that match a little
-_OWN_FORGETTING = -6.0  # its softplus over the memory's size: an entry at the far end starts at e^−0.0025
+_FORGETTING = -15.0  # log of the nats that an entry loses a token: at first it is nothing
 
 
 class Local(NamedTuple):
@@ -97,7 +97,7 @@ class AttentionMemory(nn.Module):
         if settings.normalize == "l2":
             self.scale = nn.Parameter(torch.full((heads,), _SCALE))
         if settings.drop_off == "age":
-            self.forgetting = nn.Parameter(torch.full((heads,), _OWN_FORGETTING))
+            self.forgetting = nn.Parameter(torch.full((heads,), _FORGETTING))
         if settings.projections == "own_queries":
             self.query = nn.Linear(width, heads * head_width, bias=False)
             nn.init.zeros_(self.query.weight)  # it is added to the layer's own
@@ -177,7 +177,7 @@ class AttentionMemory(nn.Module):
         placed = self._placed(queries, seen)
         searched = queries if self.settings.positions == "rebased" else placed
         remembered = (seen - now - self._passed).clamp_min(0)  # of what local attention sees, (batch, tokens)
-        recalled = self._read(searched, written - remembered, local.keys.shape[1], copies)
+        recalled = self._read(searched, written - remembered, local, copies)
         if recalled is None:
             return local.output
         if self.settings.positions == "rebased":
@@ -188,7 +188,7 @@ class AttentionMemory(nn.Module):
             scores = local.cap * (scores / local.cap).tanh()
         if self.settings.drop_off == "age":
             ages = (written + now)[:, None, :, None] - 1 - recalled.places
-            scores = age_drop_off(scores, ages, nn.functional.softplus(self.forgetting) / self.settings.size)
+            scores = age_drop_off(scores, ages, self.forgetting.exp())
         values = recalled.values.to(local.output.dtype)
         output, mass = memory_attention(scores, recalled.present, values, local.dropout)
         return mix_attention(local.output.transpose(1, 2), output, self._weight(mass, local)).transpose(1, 2)
@@ -208,14 +208,19 @@ class AttentionMemory(nn.Module):
             "samples of each row, generate inside `with memory.read_only():`"
         )
 
-    def _read(self, queries: Tensor, before: Tensor, key_heads: int, copies: int) -> Recalled | None:
+    def _read(self, queries: Tensor, before: Tensor, local: Local, copies: int) -> Recalled | None:
         """Search for queries, shape (batch, heads, tokens, d), with `before` of shape (batch, tokens)."""
-        batch, heads, tokens, _ = queries.shape
+        (batch, heads, tokens, _), key_heads = queries.shape, local.keys.shape[1]
         # (rows, copies, key heads, groups, tokens): copies, groups and tokens are queries to the same keys
         inner = (batch // copies, copies, key_heads, heads // key_heads, tokens)
         grouped = queries.reshape(*inner, -1).transpose(1, 2)  # (rows, key heads, copies, groups, tokens, d)
         before = before.view(-1, copies, 1, tokens).expand(-1, -1, inner[3], -1)
-        found = self.store.read(grouped.flatten(2, 4), before.flatten(1), self.settings.top_k, self.order)
+        fading = None
+        if self.settings.drop_off == "age":
+            each = (self.forgetting.detach().exp() / local.scale).view(1, key_heads, 1, inner[3], 1)
+            fading = each.expand(inner[0], -1, copies, -1, tokens).flatten(2)
+        top_k = self.settings.top_k
+        found = self.store.read(grouped.flatten(2, 4), before.flatten(1), top_k, self.order, fading)
         if found is None:
             return None
         sizes = (inner[0], key_heads, copies, inner[3], tokens)

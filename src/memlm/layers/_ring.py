@@ -55,7 +55,9 @@ class KeyValueMemory(Protocol):
         """Remember, without gradient."""
         ...
 
-    def read(self, queries: Tensor, before: Tensor, k: int, order: Tensor | None = None) -> Recalled | None:
+    def read(
+        self, queries: Tensor, before: Tensor, k: int, order: Tensor | None = None, fading: Tensor | None = None
+    ) -> Recalled | None:
         """Return the k nearest entries that each query sees, or None if nothing can be found."""
         ...
 
@@ -128,7 +130,9 @@ class Ring:
         self._values[row, :, slot] = values[row, :, token].to(self._values.dtype)
         self._written += count
 
-    def read(self, queries: Tensor, before: Tensor, k: int, order: Tensor | None = None) -> Recalled | None:
+    def read(
+        self, queries: Tensor, before: Tensor, k: int, order: Tensor | None = None, fading: Tensor | None = None
+    ) -> Recalled | None:
         """Return the k entries with the largest inner products that each query sees.
 
         Args:
@@ -136,6 +140,7 @@ class Ring:
             before: A query sees entries of places below, int64, shape (rows, n).
             k: Entries a query.
             order: Row r reads the memory of row order[r], int64, shape (rows,); None is its own.
+            fading: What an entry's product loses for each token of its age, shape (rows, heads, n); None is nothing.
 
         Returns:
             Fewer than k where so many were never written; None if no row has an entry.
@@ -149,7 +154,12 @@ class Ring:
             before = before + (written - self._written)[:, None]
         last = written[:, None] - 1
         places = last - (last - torch.arange(filled, device=last.device)) % self.size  # (rows, filled)
-        slots, present = nearest_keys(queries, keys[:, :, :filled], places, before, k)
+        searched = keys[:, :, :filled]
+        if fading is not None:  # one more number in each vector, whose product is what age costs
+            queries = torch.cat([queries.float(), fading[..., None].float()], dim=-1)
+            ages = (places - last).float()[:, None, :, None].expand(*searched.shape[:3], 1)
+            searched = torch.cat([searched.float(), ages], dim=-1)
+        slots, present = nearest_keys(queries, searched, places, before, k)
         rows, heads = slots.shape[:2]
         row = torch.arange(rows * heads, device=slots.device).view(rows, heads, 1, 1)
         flat = (row * self.size + slots).flatten()
