@@ -42,7 +42,10 @@ ARMS = {
     "none": SIZES,
     "tuned": (0, SIZES[-1]),
     "memory": (*SIZES, -SIZES[-1]),  # negative: a row reads the memory of the other document
+    "memory, by age": SIZES,
 }
+FORGETTING = (0.0, 1e-4, 3e-4, 1e-3, 3e-3)  # nats that an entry loses a token, tried on `valid`
+VALID = 12_000  # tokens of each of two documents
 
 
 def main() -> None:
@@ -58,7 +61,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for part, corpus in itertools.product(options.parts.split(","), options.corpora.split(",")):
         if part == "train":
-            for arm in ("start", *ARMS):
+            for arm in ("start", "none", "tuned", "memory"):
                 train(options, corpus, arm)
         elif part == "curve":
             results.setdefault("curve", {})[corpus] = curve(options, corpus)
@@ -107,9 +110,12 @@ class SmallLM(nn.Module):
         states = states + self.before(torch.cat([last, batch.input_ids[:, :-1]], dim=1))
         return self.lm(inputs_embeds=states, attention_mask=batch.known, use_cache=False).logits
 
-    def remember(self, size: int) -> AttentionMemories:
-        memory = memorize(self.lm, [-1], size=size, top_k=TOP_K, normalize="l2")
+    def remember(self, size: int, forgetting: float = 0.0) -> AttentionMemories:
+        drop_off = "age" if forgetting else "none"
+        memory = memorize(self.lm, [-1], size=size, top_k=TOP_K, normalize="l2", drop_off=drop_off)
         memory.memories[1].scale.data.fill_(SCALE)
+        if forgetting:
+            memory.memories[1].forgetting.data.fill_(math.log(forgetting))
         return memory
 
 
@@ -130,14 +136,15 @@ def token_ids(options: argparse.Namespace, corpus: str, split: str) -> list[np.n
         train_tokenizer(shape, [str(options.data / f"{corpus}.train.jsonl.xz")], folder / "tokenizer")
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", model_max_length=10**9)
         texts = texts_of(options.data, corpus, split)
-        if split == "test":
+        if split != "train":
             texts = [text[: 10 * options.longest] for text in sorted(texts, key=len, reverse=True)[:DOCUMENTS]]
         elif corpus == "novels":  # enough for these steps
             texts = [text[:300_000] for text in texts]
         np.savez(path, *(np.array(tokenizer(text)["input_ids"], np.int32) for text in texts))
     with np.load(path) as file:
         found = [file[name].astype(np.int64) for name in file.files]
-    return [ids[: options.longest + 1] for ids in found] if split == "test" else found
+    longest = {"test": options.longest, "valid": VALID}.get(split)
+    return found if longest is None else [ids[: longest + 1] for ids in found]
 
 
 def texts_of(data: Path, corpus: str, split: str) -> list[str]:
@@ -214,15 +221,17 @@ def curve(options: argparse.Namespace, corpus: str) -> dict[str, Any]:
     documents = token_ids(options, corpus, "test")
     measured: dict[str, np.ndarray] = {}
     for arm, sizes in ARMS.items():
-        state = torch.load(place(options, corpus, arm).with_suffix(".pt"), weights_only=True)["model"]
+        trained, _, by_age = arm.partition(", ")
+        state = torch.load(place(options, corpus, trained).with_suffix(".pt"), weights_only=True)["model"]
+        forgetting = chosen_forgetting(options, corpus, state) if by_age else 0.0
         for size in sizes:
             name = f"{arm}, {size}" if size >= 0 else f"{arm}, {-size}, of the other document"
             path = place(options, corpus, name).with_suffix(".npy")
             if not path.exists():
                 started = time.perf_counter()
                 model = SmallLM().eval()
-                memory = model.remember(abs(size))
-                model.load_state_dict(state)
+                memory = model.remember(abs(size), forgetting)
+                model.load_state_dict(state, strict=False)
                 np.save(path, nats(model, documents, memory, size < 0))
                 print(
                     corpus,
@@ -238,7 +247,23 @@ def curve(options: argparse.Namespace, corpus: str) -> dict[str, Any]:
         change = paired_bootstrap(measured["none, 0"] - values, number)
         rows[name] = {"perplexity": math.exp(values.mean()), "gain": change.to_dict()}
     lengths = [len(ids) - 1 for ids in documents]
-    return {"rows": rows, "lengths": lengths, "unit": units(number)[1], "steps": options.steps}
+    facts = {"forgetting": forgetting, "steps": options.steps}
+    return facts | {"rows": rows, "lengths": lengths, "unit": units(number)[1]}
+
+
+def chosen_forgetting(options: argparse.Namespace, corpus: str, state: dict[str, Tensor]) -> float:
+    """Try drop-offs by age of the largest memory on `valid`."""
+    path = place(options, corpus, "forgetting.json")
+    if not path.exists():
+        documents, tried = token_ids(options, corpus, "valid"), {}
+        for forgetting in FORGETTING:
+            model = SmallLM().eval()
+            memory = model.remember(SIZES[-1], forgetting)
+            model.load_state_dict(state, strict=False)
+            tried[forgetting] = float(nats(model, documents, memory, False).mean())
+        print(corpus, "forgetting", tried, flush=True)
+        path.write_text(json.dumps(min(tried, key=tried.__getitem__)))
+    return json.loads(path.read_text())
 
 
 def speed(rows: int = 2, repeats: int = 7) -> dict[str, Any]:
@@ -286,7 +311,8 @@ def table(results: dict[str, Any]) -> str:
         "embedding sees the token before; the upper layer has memory, no positions, and starts as a head that copies (training for",
         f"minutes would not find it). Joint softmax, top_k {TOP_K}, queries and keys of length 1. *none* was trained without memory: with",
         f"memory, it is a joint softmax without any training. *tuned* is the same model, with a memory of {TRAINED:,} tokens in its last",
-        f"fifth of steps. *memory* had {TRAINED:,} tokens from the first step. Steps and text are the same for all, one seed.",
+        f"fifth of steps. *memory* had {TRAINED:,} tokens from the first step; *by age* is this model, not trained again, with one drop-off",
+        f"for all heads, chosen on `valid` among {', '.join(f'{value:g}' for value in FORGETTING)} nats a token. Steps and text are the same for all, one seed.",
         "",
         f"Perplexity a token on `test`: the {DOCUMENTS} longest documents, at most {LONGEST:,} tokens of each, in segments of {LENGTH} that see",
         "nothing of one another but through memory. A directory of `code` is one document. In brackets the change to *none* with",
@@ -308,11 +334,12 @@ def table(results: dict[str, Any]) -> str:
         for size in (*map(str, SIZES), f"{SIZES[-1]}, of the other document"):
             cells = [cell(rows.get(f"{arm}, {size}")) for arm in arms]
             lines.append(f"| {size} | " + " | ".join(cells) + " |")
+        lines += ["", f"Drop-off by age: {result['forgetting']:g} nats a token."]
         gains = {arm: rows[f"{arm}, {SIZES[-1]}"]["gain"]["mean"] for arm in arms}
         lines += [
             "",
             f"32k tokens of memory give {gains['memory']:.3f} nats a token to the model that was trained with memory, {gains['tuned']:.3f} to",
-            f"the one that was tuned, {gains['none']:.3f} to the one that was not.",
+            f"the one that was tuned, {gains['none']:.3f} to the one that was not; with the drop-off by age {gains['memory, by age']:.3f}.",
             "",
         ]
     if "speed" in results:
