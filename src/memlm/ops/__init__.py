@@ -23,6 +23,8 @@ from ._shared_softmax import capped as capped
 from ._shared_softmax import scaled_similarities as scaled_similarities
 from ._shared_softmax import second_interpolation as second_interpolation
 from ._shared_softmax import shared_softmax_weights as shared_softmax_weights
+from ._top_k_attention import top_k_attention as top_k_attention
+from ._top_k_feed_forward import top_k_feed_forward as top_k_feed_forward
 from ._trime import similarities as similarities
 from ._trime import trime_distribution as trime_distribution
 from ._trime import trime_log_probs as trime_log_probs
@@ -60,6 +62,8 @@ __all__ = [
     "shared_softmax_weight",
     "shared_softmax_weights",
     "similarities",
+    "top_k_attention",
+    "top_k_feed_forward",
     "trime_distribution",
     "trime_log_probs",
 ]
