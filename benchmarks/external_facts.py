@@ -35,7 +35,33 @@ RELATIONS = {
         "The people of {} called their river the {}.",
     ),
 }
-_STARTS = ["b", "br", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "k", "kr", "l", "m", "n", "p", "pr", "r", "s", "st", "t", "tr", "v", "w", "z"]
+_STARTS = [
+    "b",
+    "br",
+    "ch",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gr",
+    "h",
+    "k",
+    "kr",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pr",
+    "r",
+    "s",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "w",
+    "z",
+]
 _VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "ou"]
 _ENDS = ["n", "r", "l", "nd", "s", "th", "k", "m", "rn", "lt", "via", "land", "ton", "mar", "dor", "wick"]
 

@@ -108,13 +108,12 @@ def _most(curve: list[dict[str, float]], limit: float) -> float:
 @contextmanager
 def visiting(memory: memlm.Datastore, fewer: int) -> Iterator[None]:
     """Let every search visit so many times fewer lists."""
-    index = memory.index._faiss
-    nprobe = index.nprobe
-    index.nprobe = max(1, nprobe // fewer)
+    nprobe = memory.index.details["nprobe"]
+    memory.index.visit(max(1, nprobe // fewer))
     try:
         yield
     finally:
-        index.nprobe = nprobe
+        memory.index.visit(nprobe)
 
 
 def scored(lm: Any, memory: memlm.Datastore, text: Text, arms: dict[str, Any]) -> list[dict[str, Any]]:

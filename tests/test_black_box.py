@@ -185,6 +185,14 @@ def test_what_is_known_of_likely_tokens_does_not_depend_on_the_target(data):
     assert certain <= set(known[0]) <= set(unique)
 
 
+def test_a_target_of_shared_name_that_the_server_added_does_not_show():
+    """What is told without it is known for sure, and less likely than 1 / (top + 1)."""
+    names, expected = Named(["a", "b", "b"]), {0: math.log(0.4)}
+    assert likeliest({"a": math.log(0.4)}, "a", names, 1) == expected
+    for told in ({"a": math.log(0.4), "b": math.log(0.3)}, {"b": math.log(0.3), "a": math.log(0.4)}):
+        assert likeliest(told, "b", names, 1) == expected
+
+
 def test_rest_bucket_by_hand():
     told = [[math.log(0.25), math.log(0.5)], [0.0], [math.log(0.1)] * 3 + [-9999.0], []]
     confidence, entropy = rest_bucket(told, 2)

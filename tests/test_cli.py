@@ -23,6 +23,15 @@ from tiny_models import tiny_model
 
 VERBS = [
     "build",
+    "add",
+    "update",
+    "remove",
+    "merge",
+    "compact",
+    "history",
+    "rollback",
+    "verify",
+    "audit",
     "info",
     "overlap",
     "tune",
@@ -163,6 +172,23 @@ def test_a_folder_holds_the_mixture_of_a_datastore(world, tmp_path):
     (tmp_path / "empty").mkdir()
     none = run("eval", world.model, world.memory, world.texts / "test", "--mixture", tmp_path / "empty")
     assert (none.code, "holds none for this datastore" in none.err) == (2, True)
+
+
+def test_settings_of_another_datastore_are_told_of(world, tmp_path):
+    """They may be used, as an adapter's are meant to be; both datastores are named."""
+    saved, other = tmp_path / "mixture.json", tmp_path / "other"
+    run("tune", world.model, world.memory, world.texts / "valid", "--save", saved, "--max-k", 8)
+    run("build", world.model, world.texts / "test", "--output", other)
+    first, second = (Datastore(path).manifest.content_sha256[:12] for path in (world.memory, other))
+    said = f"memlm: {saved} was fitted with the datastore {first}, but {other} is {second}; `memlm tune` fits settings"
+    for memory, told in ((world.memory, False), (other, True)):
+        result = run("explain", world.model, memory, "the cat was here", "--mixture", saved)
+        assert (result.code, said in result.err) == (0, told)
+    values = json.loads(saved.read_text())
+    for nothing in ([], None, "x", [{}], 7):  # of strangers, or saved without a record
+        saved.write_text(json.dumps({**values, "fitted_with": nothing}))
+        result = run("explain", world.model, other, "the cat was here", "--mixture", saved)
+        assert (result.code, result.err) == (0, "")
 
 
 @pytest.mark.parametrize("kind", ["buckets", "exponential", "logistic", "learned", "adapter", "auto"])

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from command_line import SETTINGS, make_world, refused, run
-from memlm.datastore._manifest import content_sha256
+from manifests import current, forge
 from memlm.files import file_sha256
 from tiny_models import tiny_folder
 
@@ -34,9 +34,9 @@ def flip(path, place):
 
 
 def newer(memory):
-    path = memory / "manifest-000001.json"
+    path = current(memory)
     content = json.loads(path.read_text()) | {"format_version": 99}
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content) + "\n")
 
 
 @pytest.mark.parametrize(
@@ -49,11 +49,11 @@ def newer(memory):
             "documents.jsonl does not match its checksum",
         ),
         (lambda memory: (memory / KEYS).unlink(), "keys.safetensors is missing; restore it from a copy or build again"),
-        (newer, "memory has format version 99; this memlm reads up to 1: install a newer memlm"),
-        (lambda memory: flip(memory / "manifest-000001.json", 99), "manifest-000001.json is not a sound manifest"),
+        (newer, "memory has format version 99; this memlm reads up to 2: install a newer memlm"),
+        (lambda memory: flip(current(memory), 99), "manifest-000002.json is not a sound manifest"),
         (
-            lambda memory: (memory / "manifest-000001.json").unlink(),
-            "memory holds no datastore; `memlm build` makes one",
+            lambda memory: current(memory).unlink(),
+            "manifest-000002.json is not a sound manifest (FileNotFoundError",
         ),
         (shutil.rmtree, "memory holds no datastore; `memlm build` makes one"),
     ],
@@ -72,15 +72,14 @@ def test_datastores_that_cannot_be_opened(world, place, damage, words):
 )
 def test_doctor_finds_keys_that_were_changed_together_with_their_checksums(world, place, changed, change):
     memory = shutil.copytree(world.memory, place / "memory")
-    keys, manifest = memory / KEYS, memory / "manifest-000001.json"
+    keys, manifest = memory / KEYS, current(memory)
     data = bytearray(keys.read_bytes())
     for offset in range(1, 64 * changed, 2):  # the upper bytes of the numbers in the last keys
         data[-offset] = change(data[-offset])
     keys.write_bytes(data)
     content = json.loads(manifest.read_text())
-    content.pop("sha256")
     content["segments"][0]["files"]["keys.safetensors"]["sha256"] = file_sha256(keys)
-    manifest.write_text(json.dumps(content | {"sha256": content_sha256(content)}))
+    forge(memory, content)
     assert run("info", memory).code == 0, "the tampering is not consistent"
     result = run("doctor", memory, "--model", world.model)
     assert result.code == 1

@@ -63,8 +63,12 @@ def test_a_factory_that_needs_more_entries_leaves_exact_search(world, place):
     kept = str(place / "memory")
     line = refused("build", world.model, "text.txt", "-o", "memory", "--index", "IVF999,Flat", place=place, left=kept)
     assert "FAISS cannot build 'IVF999,Flat' over 115 keys of width 32" in line
-    assert "memory was made, with exact search; remove it to build again" in line
+    assert "All entries are stored; the same command with another --index ends it" in line
     assert run("eval", world.model, "memory", "text.txt", *SETTINGS).code == 0
+    result = run("build", world.model, "text.txt", "-o", "memory", "--index", "IVF2,Flat")
+    assert result.code == 0
+    assert "memory holds an unfinished build of 1 documents; going on" in result.err
+    assert run("build", world.model, "text.txt", "-o", "memory").code == 2
 
 
 def broken_models(folder, model):
@@ -148,7 +152,7 @@ def test_places_that_are_taken(world, place):
     (place / "notes" / "mine.txt").write_text("mine")
     (place / "file").write_text("mine")
     for output, words in [
-        (world.memory, "exists already; name a new folder, or remove it first"),
+        (world.memory, "exists already; `memlm add` adds to it. Otherwise name a new folder, or remove it first"),
         ("notes", "notes exists already (it holds mine.txt)"),
         ("file", "file exists already, as a file; name a new folder"),
         ("file/memory", "file/memory cannot be made (Not a directory); name another place"),
@@ -162,7 +166,9 @@ def test_disk_full_while_building(world, place, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     line = refused("build", world.model, "text.txt", "-o", "memory", place=place)
-    assert "no space left for the datastore at memory (No space left on device); nothing of it was kept" in line
+    assert (
+        "no space left for the datastore at memory (No space left on device); it is as before the last commit" in line
+    )
 
 
 def test_an_interrupted_build_leaves_nothing(world, place):
@@ -399,6 +405,8 @@ def test_a_comparison_is_shown_before_it_is_written(world, place, monkeypatch):
         ["eval", "m", "d", "t", "--unknown"],
         ["explain", "m", "d", "t", "--sources", "0"],
         ["generate", "m", "d", "t", "--max-new-tokens", "0"],
+        ["generate", "m", "d", "t", "--seed", "-1"],
+        ["generate", "m", "d", "t", "--seed", str(10**20)],
         ["doctor", "d", "--documents", "0"],
         ["build", "m", "t"],
     ],

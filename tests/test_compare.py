@@ -374,3 +374,13 @@ def test_a_change_by_less_than_a_hundredth_neither_helps_nor_hurts():
     results = {"knn-lm": Judged(nothing, nothing, held.lm_log_probs.double() + changes, 1.0)}
     row = rows_of(methods, results, held, TIMES, SimpleNamespace(document_of_target=held.groups))[1]
     assert (row.helped, row.hurt) == pytest.approx((1 / 2, 1 / 6))
+
+
+@pytest.mark.parametrize("method", ["lm", "knn-lm", "adapter"])
+def test_a_perplexity_that_no_float_holds_is_told(comparison, method):
+    """A model may rule out a token that comes; that must not cost the result."""
+    rows = [dataclasses.replace(row, perplexity=math.inf) if row.method == method else row for row in comparison.rows]
+    result = dataclasses.replace(comparison, rows=tuple(rows))
+    (line,) = [line for line in str(result).splitlines() if line.startswith(f"{method:<22}")]
+    assert line.split()[len(method.split())] == "inf"
+    assert "?" in line

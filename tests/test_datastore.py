@@ -219,7 +219,7 @@ def test_info_and_manifest_describe_what_is_there(memory, documents):
     assert (info["entries"], info["documents"], info["segments"]) == (len(memory), len(documents), 3)
     files = [path for path in (memory.path / "segments").rglob("*") if path.is_file()]
     assert info["bytes"] == sum(path.stat().st_size for path in files)
-    assert info["corpus"] == {"source": "list", "skipped": 0}
+    assert info["corpus"] == {"source": "list", "skipped": 0, "complete": True}
     assert info["index"] == {"kind": "exact"}
     assert repr(memory).endswith(f"{len(memory)} entries, 5 documents)")
 

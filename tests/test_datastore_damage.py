@@ -14,8 +14,10 @@ import pytest
 
 import memlm.files
 from fake_encoder import FakeEncoder, random_documents
-from memlm import Datastore
+from manifests import current
+from memlm import Datastore, Document
 from memlm import tensors as tensor_files
+from memlm.datastore import Manifest, verify
 from memlm.errors import DatastoreCorrupt, DatastoreError
 
 
@@ -43,10 +45,54 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, error, existed):
     if existed:
         path.mkdir(parents=True)
     with pytest.raises(type(error)):
-        build(path, raising(error, at=40))  # in the second segment
+        build(path, raising(error, at=20))  # in the first segment
     assert path.exists() == existed
     assert not existed or list(path.iterdir()) == []
     assert len(build(path)) == 606
+
+
+@pytest.mark.parametrize("error", [ValueError("model"), KeyboardInterrupt(), OSError(errno.EIO, "disk")])
+def test_an_interrupted_build_keeps_its_finished_segments_and_goes_on_behind_them(tmp_path, error):
+    path, whole = tmp_path / "memory", build(tmp_path / "whole")
+    with pytest.raises(type(error)):
+        build(path, raising(error, at=40))  # in the second segment
+    reached = Datastore(path)
+    assert (len(reached), reached.info()["complete"]) == (202, False)
+    assert [item["id"] for item in reached.documents()] == ["d0", "d1"]
+    assert len(reached.search(np.zeros((1, 8), np.float32), 3).entries) == 1
+    encoder = FakeEncoder()
+    memory = build(path, encoder)
+    assert encoder.batches == 42  # of 404 entries in two segments: what was stored is not read again
+    assert memory.info()["complete"]
+    assert memory.manifest.content_sha256 == whole.manifest.content_sha256
+    with pytest.raises(DatastoreError, match="exists already"):
+        build(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"key_dtype": "bfloat16"}, "unfinished build whose keys is .*float16.*go on with the same settings"),
+        ({"metric": "inner_product"}, "unfinished build whose metric is squared_l2, not inner_product"),
+        ({"encoder": FakeEncoder(width=4)}, "unfinished build whose keys is"),
+    ],
+)
+def test_an_unfinished_build_goes_on_with_the_same_settings_only(tmp_path, settings, message):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "memory", raising(KeyboardInterrupt(), at=40))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DatastoreError, match=message):
+        build(tmp_path / "memory", **settings)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unfinished_build_of_other_text_is_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "memory", raising(KeyboardInterrupt(), at=40))
+    documents = [Document(item.id, item.text + "!") for item in random_documents()]
+    with pytest.raises(DatastoreError, match="'d0' is stored already, with other content"):
+        Datastore.build(FakeEncoder(), documents, tmp_path / "memory", show_progress=False)
+    assert len(build(tmp_path / "memory")) == 606
 
 
 def test_an_interruption_after_the_manifest_was_written_leaves_nothing(tmp_path, monkeypatch):
@@ -72,12 +118,16 @@ def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def change(number, keys):
-    return die() if number == 40 else keys
+    return die() if number == 20 else keys
 
-for name in ("keys", "manifest", "index"):
+for name in ("keys", "manifest", "current", "index"):
     if os.fork() == 0:
         if name == "manifest":
-            Path.replace = die
+            replace = Path.replace
+            Path.replace = lambda self, to: die() if to.name == "manifest-000001.json" else replace(self, to)
+        if name == "current":
+            replace = Path.replace
+            Path.replace = lambda self, to: die() if to.name == "current.json" else replace(self, to)
         if name == "index":
             import memlm.index._faiss as module
             module._tune = die
@@ -91,7 +141,7 @@ def test_a_killed_build_leaves_no_datastore_and_can_be_run_again(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, here, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == [str(-signal.SIGKILL)] * 3, done.stderr
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * 4, done.stderr
     for name in ("keys", "manifest"):
         left = [path.name for path in (tmp_path / name).rglob("*")]
         assert "keys.safetensors" in left  # it was killed in the middle
@@ -100,17 +150,21 @@ def test_a_killed_build_leaves_no_datastore_and_can_be_run_again(tmp_path):
             Datastore(tmp_path / name)
         assert len(build(tmp_path / name)) == len(Datastore(tmp_path / name)) == 606
         assert not [path for path in (tmp_path / name).rglob("*") if path.suffix == ".tmp"]
+    with pytest.raises(DatastoreCorrupt, match=r"current.json is missing: .* run the same build again"):
+        Datastore(tmp_path / "current")
+    assert len(build(tmp_path / "current")) == 606
     memory = Datastore(tmp_path / "index")  # everything but the index was there
     assert len(memory) == 606
     assert memory.index.details == {"kind": "exact"}
-    memory.build_index("IVF4,Flat")
+    build(tmp_path / "index", index="IVF4,Flat")
     assert Datastore(tmp_path / "index").index.details["factory"] == "IVF4,Flat"
 
 
 def test_two_builds_into_one_folder_are_kept_apart(tmp_path):
     def meanwhile(number, keys):
         if number == 40:
-            with pytest.raises(DatastoreError, match="is being built by another process; wait for it"):
+            holder = rf"is being written to by process {os.getpid()} on .*\(build, since"
+            with pytest.raises(DatastoreError, match=holder):
                 build(tmp_path / "memory")
         return keys
 
@@ -119,13 +173,15 @@ def test_two_builds_into_one_folder_are_kept_apart(tmp_path):
 
 
 def test_everything_is_on_the_disk_before_the_manifest_names_it(tmp_path, monkeypatch):
-    synced, fsync = set(), os.fsync
+    published, synced, fsync = [], set(), os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (synced.add(os.fstat(number).st_ino), fsync(number)))
     replace = Path.replace
 
     def publish(self, target):
-        parts = [path for path in target.parent.rglob("*") if path.name != self.name and "manifest" not in path.name]
-        assert len(parts) >= 13  # three segments of three files, and folders
+        if target.name != "current.json":
+            return replace(self, target)
+        parts = [path for path in target.parent.rglob("*") if path.name != self.name]
+        published.append(len(parts))
         assert not [path for path in parts if path.stat().st_ino not in synced]
         assert self.stat().st_ino in synced
         return replace(self, target)
@@ -133,6 +189,8 @@ def test_everything_is_on_the_disk_before_the_manifest_names_it(tmp_path, monkey
     monkeypatch.setattr(Path, "replace", publish)
     build(tmp_path / "memory", index="IVF4,Flat")
     assert (tmp_path / "memory").stat().st_ino in synced
+    assert len(published) == 4  # three segments, then the index
+    assert published[-1] > 15
 
 
 # No space
@@ -149,7 +207,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch, place):
     else:
         monkeypatch.setattr("memlm.datastore._manifest.write_json", refused)
     with pytest.raises(
-        DatastoreError, match=r"no space left .*; nothing of it was kept.* An entry takes about 36 bytes"
+        DatastoreError, match=r"no space left .*; it is as before the last commit.* An entry takes about 36 bytes"
     ):
         build(tmp_path / "memory")
     assert list(tmp_path.iterdir()) == []
@@ -173,9 +231,11 @@ def test_a_disk_that_is_really_full(tmp_path):
     try:
         with pytest.raises(DatastoreError, match=r"no space left .*No space left on device"):
             build(tmp_path / "memory")
-        assert list(tmp_path.iterdir()) == []
+        assert verify(tmp_path / "memory") == []
+        manifest = Manifest.load(tmp_path / "memory")
+        assert (manifest.entries, manifest.complete) == (202, False)  # what fitted
     finally:
-        subprocess.run(["umount", tmp_path], check=True)
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
 def test_space_is_reserved_where_the_system_has_no_call_for_it(tmp_path, monkeypatch):
@@ -191,22 +251,38 @@ def test_space_is_reserved_where_the_system_has_no_call_for_it(tmp_path, monkeyp
 
 
 def part_files(path):
-    return [file for file in sorted(path.rglob("*")) if file.is_file() and "manifest" not in file.name]
+    return [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix != ".json"]
 
 
 def test_a_flipped_bit_is_noticed_wherever_it_is(copied):
     generator = np.random.default_rng(0)
     files = sorted(file for file in copied.rglob("*") if file.is_file())
-    assert len(files) == 10
+    assert len(files) == 14  # three segments of three files, four manifests, and which of them is current
+    old = [file for file in files if "manifest" in file.name and file != current(copied)]
     for file in files:
         data = file.read_bytes()
         places = {0, 7, 8, 60, len(data) // 2, len(data) - 2, *generator.integers(0, len(data), 12).tolist()}
         for place in places:
             file.write_bytes(data[:place] + bytes([data[place] ^ 1 << generator.integers(8)]) + data[place + 1 :])
-            with pytest.raises(DatastoreError):
-                Datastore(copied)
+            assert verify(copied) != []
+            if file not in old:
+                with pytest.raises(DatastoreError):
+                    Datastore(copied)
         file.write_bytes(data)
     Datastore(copied)
+    assert verify(copied) == []
+
+
+def test_a_missing_file_is_noticed_whichever_it_is(copied):
+    for file in sorted(file for file in copied.rglob("*") if file.is_file()):
+        data = file.read_bytes()
+        for left in (None, data[:-1], b""):
+            file.unlink(missing_ok=True)
+            if left is not None:
+                file.write_bytes(left)
+            assert verify(copied) != [], file
+        file.write_bytes(data)
+    assert verify(copied) == []
 
 
 def test_a_truncated_or_lengthened_file_is_noticed_without_reading_it(copied):

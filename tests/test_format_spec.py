@@ -13,16 +13,17 @@ import torch
 from memlm import Datastore
 
 PAGE = (Path(__file__).parents[1] / "docs/datastore-format.md").read_text(encoding="utf-8")
-TYPES = {"F16": "<f2", "BF16": "<u2", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
+TYPES = {"U8": "u1", "F16": "<f2", "BF16": "<u2", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
 
 
 def read_manifest(folder):
-    files = [path for path in folder.iterdir() if re.fullmatch(r"manifest-\d{6,}\.json", path.name)]
-    content = json.loads(max(files, key=lambda path: int(path.stem[9:])).read_bytes())
+    pointer = json.loads((folder / "current.json").read_bytes())
+    content = json.loads((folder / f"manifest-{pointer['version']:06d}.json").read_bytes())
     others = {name: value for name, value in content.items() if name != "sha256"}
     text = json.dumps(others, sort_keys=True, separators=(",", ":"))
-    assert content["sha256"] == sha256(text.encode("ascii")).hexdigest()
-    assert (content["format"], content["format_version"], content["version"]) == ("memlm-datastore", 1, len(files))
+    assert content["sha256"] == sha256(text.encode("ascii")).hexdigest() == pointer["sha256"]
+    assert (content["format"], content["format_version"]) == ("memlm-datastore", 2)
+    assert content["version"] == pointer["version"]
     return content
 
 
@@ -56,18 +57,27 @@ def key_at(lm, manifest, ids, i):
 
 @pytest.mark.parametrize(("key_dtype", "index"), [("float16", "exact"), ("bfloat16", "IVF2,SQ8")])
 def test_a_reader_written_from_the_page(key_dtype, index, tiny_lm, documents, tmp_path):
-    lm, folder, stored = tiny_lm(context=6, stride=5), tmp_path / "memory", iter(documents)
+    lm, folder, gone = tiny_lm(context=6, stride=5), tmp_path / "memory", documents[1]
+    stored = iter([document for document in documents if document != gone])
     Datastore.build(lm, documents, folder, key_dtype=key_dtype, index=index, segment_entries=80, show_progress=False)
+    Datastore(folder).remove(gone.id)
     manifest = read_manifest(folder)
     table = set(re.findall(r"^\| `([^`]+)` \|", PAGE.split("## Manifest")[1].split("## Entries")[0], re.MULTILINE))
-    assert fields(manifest) | {"index"} == {name for name in table if index != "exact" or "index." not in name}
+    assert fields(manifest) | {"index", "parent"} == {
+        name for name in table if index != "exact" or "index." not in name
+    }
     for part in manifest["segments"]:
         raw = {name: (folder / "segments" / part["name"] / name).read_bytes() for name in part["files"]}
         assert part["files"] == {n: {"bytes": len(b), "sha256": sha256(b).hexdigest()} for n, b in raw.items()}
         tensors = read_tensors(raw["entries.safetensors"]) | read_tensors(raw["keys.safetensors"])
         keys = tensors["keys"] if key_dtype == "float16" else (tensors["keys"].astype("<u4") << 16).view("<f4")
-        for d in range(part["details"]["documents"]):
+        deleted = {d for first, stop in part["details"]["deleted"]["documents"] for d in range(first, stop)}
+        lengths = np.diff(tensors["entry_starts"])
+        assert part["details"]["deleted"]["entries"] == sum(int(lengths[d]) for d in deleted)
+        for d in sorted(set(range(part["details"]["documents"])) - deleted):
             document, (start, stop) = next(stored), tensors["entry_starts"][d : d + 2]
+            assert tensors["ids"][d].tobytes() == sha256(document.id.encode()).digest()
+            assert tensors["texts"][d].tobytes() == sha256(document.text.encode()).digest()
             line = json.loads(raw["documents.jsonl"][slice(*tensors["text_starts"][d : d + 2])])
             assert line.pop("sha256") == sha256(document.text.encode()).hexdigest()
             assert line == {"id": document.id, "metadata": document.metadata, "text": document.text}

@@ -174,7 +174,15 @@ def test_it_is_saved_with_its_table(several, tmp_path):
     assert first.log_probs.tolist() == again.log_probs.tolist()
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(5), torch.zeros(5, 3), torch.zeros(0, 2), torch.full((5, 2), torch.nan)])
+WRONG = [
+    torch.zeros(5),
+    torch.zeros(5, 3),
+    torch.zeros(0, 2),
+    *(torch.full((5, 2), size) for size in (torch.nan, 3e38)),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_a_damaged_table_is_refused(several, wrong):
     _, _, mixture = several
     with pytest.raises(ConfigError, match="table of token frequencies is damaged"):

@@ -7,7 +7,7 @@ import pytest
 
 from fake_encoder import FakeEncoder, random_documents
 from memlm import Datastore, KnnMixture
-from memlm.errors import ConfigError, ShapeError
+from memlm.errors import ConfigError, IndexError_, ShapeError
 from memlm.evidence import Evidence
 from memlm.index import _exact, _faiss
 
@@ -164,6 +164,30 @@ def test_neighbors_that_were_not_found_are_absent(indexed, queries):
         lm = looked_up.distances.new_zeros(60, 200).log_softmax(dim=-1)
         probabilities = mixture.log_probs(lm, Evidence((looked_up,))).exp()
         assert probabilities.sum(dim=1).numpy() == pytest.approx(np.ones(60), abs=1e-5)
+
+
+@pytest.mark.parametrize("factory", ["IVF8,SQfp16", "IVF8(IVF2,Flat),Flat"])
+def test_fewer_lists_can_be_visited(indexed, queries, factory):
+    memory = Datastore(indexed(factory).path)
+    asked, before = queries[:5], dict(memory.index.details)
+    found = {}
+    for lists in (8, 1):
+        memory.index.visit(lists)
+        found[lists] = memory.search(asked, 60)
+        details = memory.index.details
+        assert details["nprobe"] == lists
+        assert not {"recall", "recall_k", "recall_queries"} & set(details)
+    assert (found[1].distances >= found[8].distances).all()
+    assert (found[1].distances > found[8].distances).any()
+    assert Datastore(memory.path).index.details == before, "nothing is written"
+    for wrong in (0, 9, -1):
+        with pytest.raises(IndexError_, match=f"{wrong} lists to visit, but this index has 8"):
+            memory.index.visit(wrong)
+
+
+def test_an_index_without_lists_visits_none(indexed):
+    with pytest.raises(IndexError_, match="this index has 0"):
+        Datastore(indexed("HNSW16").path).index.visit(1)
 
 
 @pytest.mark.parametrize("factory", ["exact", "IVF8,Flat", "IVF8,SQ8", "HNSW16", "PCA4,Flat"])

@@ -3,6 +3,7 @@
 import math
 import resource
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_an_index_that_cannot_be_filled_leaves_the_datastore_as_it_was(base, fac
     with pytest.raises(IndexError_, match=rf"FAISS cannot build '{factory}' over 1572 keys of width 8: (?!Error in)"):
         base.build_index(factory)
     assert sorted(base.path.rglob("*")) == before
-    assert base.manifest.version == 1
+    assert base.manifest.version == 2
 
 
 def test_a_disk_that_is_full_while_an_index_is_written(base, tmp_path):
@@ -57,7 +58,7 @@ def test_a_disk_that_is_full_while_an_index_is_written(base, tmp_path):
 def test_a_damaged_index_or_one_of_another_datastore_is_refused(base, tmp_path):
     path = shutil.copytree(base.path, tmp_path / "memory")
     Datastore(path).build_index("IVF8,Flat")
-    file = path / "index" / "000002" / "index.faiss"
+    file = path / "index" / "000003" / "index.faiss"
     data = file.read_bytes()
     file.write_bytes(data[:-1] + b"!")
     with pytest.raises(DatastoreCorrupt, match=r"index\.faiss does not match its checksum"):
@@ -69,8 +70,9 @@ def test_a_damaged_index_or_one_of_another_datastore_is_refused(base, tmp_path):
     with pytest.raises(IndexError_, match=r"does not fit its datastore: .*; rebuild it"):
         Datastore(path, verify=False)
     other = Datastore.build(FakeEncoder(), DOCUMENTS[:1], tmp_path / "other", index="Flat", show_progress=False)
+    part = other.manifest.index
     with pytest.raises(IndexError_, match="it holds 131 keys of width 8"):
-        _faiss.FaissIndex(base, other.path / "index", other.manifest.index)
+        _faiss.FaissIndex(base, other.path / "index", replace(part, details={**part.details, "entries": 1572}))
 
 
 def test_recall_is_measured_and_kept(base, tmp_path):

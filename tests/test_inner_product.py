@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import faiss
 import numpy as np
@@ -129,7 +130,8 @@ def test_the_metric_is_in_the_manifest_and_under_its_checksum(memory, tmp_path):
     newest = max(memory.path.glob("manifest-*.json"))
     content = json.loads(newest.read_text())
     assert content["metric"] == memory.info()["metric"] == "inner_product"
-    (tmp_path / newest.name).write_text(json.dumps({**content, "metric": "squared_l2"}))
+    (tmp_path / newest.name).write_text(json.dumps({**content, "metric": "squared_l2"}) + "\n")
+    shutil.copy(memory.path / "current.json", tmp_path)
     with pytest.raises(DatastoreCorrupt, match="checksum"):
         Datastore(tmp_path)
     plain = Datastore.build(FakeEncoder(), DOCUMENTS, tmp_path / "plain", show_progress=False)

@@ -1,6 +1,5 @@
 """Manifests: damaged, from a newer memlm, or made to deceive; and folders that are no place for a datastore."""
 
-import hashlib
 import json
 from dataclasses import asdict, replace
 
@@ -9,22 +8,20 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fake_encoder import FakeEncoder, random_documents
+from manifests import current, forge
 from memlm import Datastore, Document
 from memlm.datastore import FORMAT_VERSION, Manifest
-from memlm.datastore._manifest import Part
+from memlm.datastore._part import Part
 from memlm.errors import DatastoreCorrupt, DatastoreError, FormatVersionError, IndexError_
-
-MANIFEST = "manifest-000001.json"
 
 
 @pytest.fixture
 def changed(copied):
     """Return a function that changes the manifest of a sound datastore, checksum included, and opens the datastore."""
-    original = json.loads((copied / MANIFEST).read_text())
+    original = json.loads(current(copied).read_text())
 
     def change(path, value):
         content = json.loads(json.dumps(original))
-        content.pop("sha256")
         place = content
         *outer, last = path.split("/")
         for name in outer:
@@ -33,9 +30,7 @@ def changed(copied):
             del place[last]
         else:
             place[int(last) if isinstance(place, list) else last] = value
-        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        content["sha256"] = hashlib.sha256(canonical.encode()).hexdigest()
-        (copied / MANIFEST).write_text(json.dumps(content))
+        forge(copied, content)
         return Datastore(copied)
 
     return change
@@ -46,12 +41,15 @@ def test_the_checksum_is_what_the_format_says(changed, memory):
 
 
 def test_a_flipped_bit_is_noticed_wherever_it_is(copied):
-    data = (copied / MANIFEST).read_bytes()
-    for place in range(0, len(data), 5):
-        flipped = data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
-        (copied / MANIFEST).write_bytes(flipped)
-        with pytest.raises(DatastoreError):
-            Manifest.load(copied)
+    for file in (current(copied), copied / "current.json"):
+        data = file.read_bytes()
+        for place in range(0, len(data), 5):
+            flipped = data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
+            file.write_bytes(flipped)
+            with pytest.raises(DatastoreError):
+                Manifest.load(copied)
+        file.write_bytes(data)
+    assert Manifest.load(copied)
 
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 10**9])
@@ -81,10 +79,26 @@ SUM = {"bytes": 1, "sha256": "0"}
         ("segments/0/files/keys.safetensors/bytes", KeyError),
         ("format", "another"),
         ("format_version", "1"),
-        ("format_version", 0),
+        ("format_version", -1),
         ("format_version", None),
         ("surprise", 1),
         ("version", 2),
+        ("parent", 7),
+        ("parent", {"version": 9, "sha256": "0"}),
+        ("kept", {}),
+        ("kept/oldest", 99),
+        ("kept/next_segment", -1),
+        ("written", "yesterday"),
+        ("corpus/complete", "yes"),
+        ("segments/0/details/deleted", KeyError),
+        ("segments/0/details/deleted/documents", [[0, 99]]),
+        ("segments/0/details/deleted/documents", [[1, 1]]),
+        ("segments/0/details/deleted/documents", [[0, 1], [1, 2]]),
+        ("segments/0/details/deleted/documents", [[0]]),
+        ("segments/0/details/deleted/documents", [0]),
+        ("segments/0/details/deleted/documents", [[0, 10**30]]),
+        ("segments/0/details/deleted/entries", 10**12),
+        ("segments/0/details/deleted/entries", 1),
         ("version", -1),
         ("version", True),
         ("metric", "cosine"),
@@ -97,7 +111,6 @@ SUM = {"bytes": 1, "sha256": "0"}
         ("keys/width", 0),
         ("keys/width", 10**30),
         ("values/dtype", "uint32"),
-        ("segments", []),
         ("segments", {}),
         ("segments", [7]),
         ("segments/0/details/entries", -1),
@@ -149,7 +162,7 @@ def test_tensors_that_cannot_be_are_refused_though_their_checksum_is_right(tmp_p
     tensors = load_file(file)
     assert tensors["entry_starts"].tolist() == [0, 20, 49, 69]
     save_file({**tensors, tensor: np.asarray(value)}, file)
-    segment = Part.describe(path / "segments", "000000", {"entries": 69, "documents": 3})
+    segment = Part.describe(path / "segments", "000000", Manifest.load(path).segments[0].details)
     replace(Manifest.load(path), segments=(segment,)).publish(path)
     with pytest.raises(DatastoreCorrupt, match=message):
         Datastore(path)
@@ -161,28 +174,33 @@ def test_tensors_that_cannot_be_are_refused_though_their_checksum_is_right(tmp_p
 )
 def test_an_index_that_is_not_known_or_not_described_is_refused(changed, details):
     with pytest.raises(IndexError_):
-        changed("index", {"name": "000002", "files": {}, "details": details})
+        changed("index", {"name": "000002", "files": {}, "details": {"entries": 1, **details}})
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", "7", "[" * 100_000, '{"a":' * 100_000, "\ud800", "9" * 9999]
+    "content", ["", "{", "[]", "{}", "null", "7", "[" * 100_000, '{"a":' * 100_000, "\ud800", "9" * 9999]
 )
 def test_what_is_no_manifest_at_all(copied, content):
-    (copied / MANIFEST).write_bytes(content.encode("utf-8", "surrogatepass"))
+    file = current(copied)
+    file.write_bytes(f"{content}\n".encode("utf-8", "surrogatepass"))
     with pytest.raises(
-        DatastoreCorrupt, match=rf"{MANIFEST} is not a sound manifest .*; restore it from a copy or build"
+        DatastoreCorrupt, match=rf"{file.name} is not a sound manifest .*; restore it from a copy or build"
     ):
+        Datastore(copied)
+    (copied / "current.json").write_bytes(f"{content}\n".encode("utf-8", "surrogatepass"))
+    with pytest.raises(DatastoreCorrupt, match=r"current.json is damaged .*; restore it from a copy"):
         Datastore(copied)
 
 
 def test_the_newest_manifest_counts(copied):
     memory = Datastore(copied)
+    before = memory.manifest.version
     memory.build_index("Flat")
-    assert Datastore(copied).manifest.version == 2
+    assert Datastore(copied).manifest.version == before + 1
     memory.build_index("exact")
-    assert Datastore(copied).manifest.version == 3
+    assert Datastore(copied).manifest.version == before + 2
     assert Datastore(copied).index.details == {"kind": "exact"}
-    assert [Manifest.load(copied).version, memory.manifest.version] == [3, 3]
+    assert [Manifest.load(copied).version, memory.manifest.version] == [before + 2] * 2
 
 
 def refused(*_):
@@ -194,7 +212,7 @@ def test_a_manifest_that_cannot_be_written_changes_nothing(copied, monkeypatch, 
     memory = Datastore(copied)
     before = memory.manifest, memory.index
     monkeypatch.setattr(place, refused)
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises((OSError, DatastoreError), match="disk"):
         memory.build_index("Flat")
     assert (memory.manifest, memory.index) == before
     assert Datastore(copied).manifest == before[0]

@@ -81,7 +81,7 @@ def test_index_whose_lists_lie_in_another_file_is_refused(tmp_path):
         width, metric = 8, "squared_l2"
 
     class Part:
-        name, files, details = "000002", {"index.faiss": {}}, {"nprobe": 1, "stores_keys": True}
+        name, files, details = "000002", {"index.faiss": {}}, {"nprobe": 1, "stores_keys": True, "entries": 200}
 
     with pytest.raises(IndexError_, match="another file"):
         FaissIndex(Keys([0] * 200), tmp_path, Part)

@@ -8,6 +8,7 @@ import torch
 
 from fake_encoder import FakeEncoder, random_documents
 from memlm import Datastore, KnnMixture, attach, evaluate, explain
+from memlm.cache import Cache
 from memlm.datastore import Pointers, follow
 from memlm.errors import ConfigError, ModelError, ShapeError
 from memlm.evaluation._retrieval import Text, retrieve
@@ -156,6 +157,9 @@ def test_empty_and_bad_input(memory):
     for settings in ({"least": 0}, {"least": math.nan}, {"least": 1, "stream": 0}):
         with pytest.raises(ConfigError, match="expected at least 1"):
             Pointers(memory, **settings)
+    for stream in (1.5, math.inf):
+        with pytest.raises(ConfigError, match="expected a whole number of targets"):
+            Pointers(memory, 1, stream)
     queries, targets = questions(memory)
     with pytest.raises(ConfigError, match="k is 10000"):
         follow(memory, queries, targets, STARTS, 10_000, least=1)
@@ -204,6 +208,21 @@ def test_own_document_stays_left_out(planted):
         entries = batch.found.entries[mine][batch.found.present[mine]]
         assert ((entries >= first) & (entries < stop)).any() != leave_out
         assert batch.searched < 1
+
+
+def test_searches_of_several_datastores_are_all_counted(planted):
+    lm, memory, text, _ = planted
+    pointers = Pointers(memory, 2)
+
+    def searched(*memories):
+        (batch,) = retrieve(lm, Text(lm, documents([text])), memories, [8] * len(memories), show_progress=False)
+        return batch.searched
+
+    alone = searched(pointers)
+    assert 0 < alone < 0.5
+    for memories in ((pointers, memory), (memory, pointers), (memory, Cache(9), pointers)):
+        assert searched(*memories) == pytest.approx((1 + alone) / 2)
+    assert searched(pointers, pointers) == pytest.approx(alone)
 
 
 def test_not_for_generating(planted):

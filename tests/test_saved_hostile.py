@@ -116,8 +116,10 @@ def test_more_entries_than_anyone_looks_at(many):
 
 def test_more_memories_than_fit():
     assert len(GateMixture(members=(LINEAR,) * 16, network=network(5, 17)).members) == 16
-    with pytest.raises(ConfigError, match="a gate over 17 memories; expected up to 16"):
+    with pytest.raises(ConfigError, match="a gate over 17 memories; expected 1 to 16"):
         GateMixture(members=(LINEAR,) * 17, network=network(5, 18))
+    with pytest.raises(ConfigError, match="a gate over 0 memories; expected 1 to 16"):
+        GateMixture(members=(), network=network(5, 1))
 
 
 def put(path, content):
@@ -147,6 +149,17 @@ def test_networks_of_absurd_size(tmp_path, width, layers, features, sound):
     kept = load_file(tensors_of(tmp_path / "mixture.json"))
     put(tmp_path / "mixture.json", save({"statistics.": kept["statistics."], **sized(width, layers, features)}))
     assert (load_or_refuse(tmp_path / "mixture.json") is not None) == sound
+
+
+@pytest.mark.parametrize("name", ["mean", "scale", "layers.0.weight", "layers.1.bias"])
+def test_numbers_whose_sums_are_none(tmp_path, name):
+    """λ would be NaN: ∞ − ∞ of numbers that a float32 holds one by one."""
+    learned().save(tmp_path / "mixture.json")
+    tensors = load_file(tensors_of(tmp_path / "mixture.json"))
+    for size, sound in ((1e29, True), (3e38, False)):
+        tensors[f"network.{name}"] = torch.full_like(tensors[f"network.{name}"], size)
+        put(tmp_path / "mixture.json", save(tensors))
+        assert (load_or_refuse(tmp_path / "mixture.json") is not None) == sound
 
 
 def safetensors(kind, shape, data):

@@ -81,15 +81,18 @@ def open_tensors(path: Path, mode: Mode = "c") -> dict[str, np.ndarray]:
         raise DatastoreCorrupt(f"{path} cannot be read ({error}); restore it from a copy or build again") from error
 
 
+def map_bytes(path: Path) -> np.ndarray:
+    """Map a file as bytes, uint8, shape (size,); nothing written there reaches the file."""
+    return np.memmap(path, np.uint8, "c") if path.stat().st_size else np.zeros(0, np.uint8)
+
+
 def _maps(path: Path, mode: Mode) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
+    whole = np.memmap(path, np.uint8, mode)  # one map, and so one open file, for all tensors
     maps: dict[str, np.ndarray] = {}
     for name, item in header.items():
-        kind, shape, (start, end) = _TYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
-        if start == end:
-            maps[name] = np.zeros(shape, kind)  # an empty map is not allowed
-        else:
-            maps[name] = np.memmap(path, kind, mode, offset=8 + length + start, shape=shape)
+        start, end = (8 + length + offset for offset in item["data_offsets"])
+        maps[name] = whole[start:end].view(_TYPES[item["dtype"]]).reshape(item["shape"])
     return maps

@@ -13,7 +13,26 @@ from typing import Any
 import typer
 
 from ..text import printable
-from . import _build, _compare, _demo, _doctor, _eval, _explain, _generate, _info, _overlap, _recipes, _train, _tune
+from . import (
+    _add,
+    _build,
+    _compact,
+    _compare,
+    _demo,
+    _doctor,
+    _eval,
+    _explain,
+    _generate,
+    _history,
+    _info,
+    _merge,
+    _overlap,
+    _recipes,
+    _remove,
+    _train,
+    _tune,
+    _verify,
+)
 
 app = typer.Typer(
     name="memlm",
@@ -22,6 +41,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("build")(_build.build)
+app.command("add")(_add.add)
+app.command("update")(_add.update)
+app.command("remove")(_remove.remove)
+app.command("merge")(_merge.merge)
+app.command("compact")(_compact.compact)
+app.command("history")(_history.history)
+app.command("rollback")(_history.rollback)
+app.command("verify")(_verify.verify)
+app.command("audit")(_verify.audit)
 app.command("info")(_info.info)
 app.command("overlap")(_overlap.overlap)
 app.command("tune")(_tune.tune)

@@ -29,10 +29,16 @@ def build(
     json: common.Json = False,
 ) -> None:
     """Store every token of some documents: what the model saw before it, and which token it was."""
-    if (output / "manifest-000001.json").exists():
-        raise DatastoreError(f"{output} exists already; name a new folder, or remove it first")
-    from ..datastore import Datastore
+    from ..datastore import Datastore, Manifest
     from ..documents import Corpus
+
+    if (output / "current.json").exists():
+        reached = Manifest.load(output)
+        if reached.complete:
+            raise DatastoreError(
+                f"{output} exists already; `memlm add` adds to it. Otherwise name a new folder, or remove it first"
+            )
+        common.note(f"{output} holds an unfinished build of {reached.documents:,} documents; going on")
 
     lm = common.load_model(model, dtype, device, key_site, context, stride)
     corpus = Corpus([str(path) for path in text])
@@ -40,13 +46,12 @@ def build(
         metric = metric.replace("-", "_")
         memory = Datastore.build(lm, corpus, output, index=index, metric=metric, key_dtype=key_dtype)
     except IndexError_ as error:
-        if (output / "manifest-000001.json").exists():
-            raise IndexError_(f"{error}. {output} was made, with exact search; remove it to build again") from error
+        if (output / "current.json").exists():
+            raise IndexError_(
+                f"{error}. All entries are stored; the same command with another --index ends it"
+            ) from error
         raise
-    for name, reason in list(corpus.skipped.items())[:5]:
-        common.note(f"left out {name}: {reason}")
-    if len(corpus.skipped) > 5:
-        common.note(f"left out {len(corpus.skipped) - 5} more documents without text or binary")
+    common.note_left_out(corpus)
     info = memory.info()
     documents, search = common.count(info["documents"], "document"), common.describe_search(info["index"])
     common.emit(

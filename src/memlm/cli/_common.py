@@ -20,6 +20,7 @@ from ..text import printable
 if TYPE_CHECKING:
     from ..cache import Cache
     from ..datastore import Datastore
+    from ..documents import Corpus
     from ..mixtures import Mixture as AnyMixture
     from ..models import BlackBox, LanguageModel
 
@@ -80,6 +81,37 @@ def load_model(
     return lm
 
 
+def note_left_out(corpus: Corpus) -> None:
+    """Tell which documents had no text or were binary."""
+    for name, reason in list(corpus.skipped.items())[:5]:
+        note(f"left out {name}: {reason}")
+    if len(corpus.skipped) > 5:
+        note(f"left out {len(corpus.skipped) - 5} more documents without text or binary")
+
+
+def state(memory: Datastore) -> dict[str, Any]:
+    """Return what a datastore is after a change."""
+    manifest = memory.manifest
+    return {
+        "path": str(memory.path),
+        "version": manifest.version,
+        "documents": manifest.documents,
+        "entries": manifest.entries,
+    }
+
+
+def described_state(memory: Datastore) -> str:
+    """Return the same for people."""
+    manifest = memory.manifest
+    entries, documents = count(manifest.entries, "entry", "entries"), count(manifest.documents, "document")
+    return f"now {entries} of {documents}, version {manifest.version}"
+
+
+def size(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(item.stat().st_size for item in folder.rglob("*") if item.is_file())
+
+
 def open_memory(path: Path) -> Datastore | None:
     """Open a datastore; None for the word none, which no folder here may then have as its name."""
     from ..datastore import Datastore
@@ -127,7 +159,22 @@ def open_all(
     if mixture is None and k is None and isinstance(settings, KnnMixture) and memory is not None:
         settings = dataclasses.replace(settings, k=min(settings.k, len(memory)))
     memories = memories_of(settings, memory)
+    if mixture is not None and memory is not None and memory in memories:
+        _tell_of_another(mixture, memory)
     return load_for(memory, model, dtype, device), memories, settings
+
+
+def _tell_of_another(mixture: Path, memory: Datastore) -> None:
+    """Say so where saved settings were fitted with other datastores; which may be what is wanted."""
+    from ..mixtures import fitted_with
+
+    recorded, given = fitted_with(mixture), memory.manifest.content_sha256
+    if recorded and given not in recorded:
+        others = ", ".join(item[:12] for item in recorded[:3])
+        note(
+            f"{mixture} was fitted with the datastore {others}, but {memory.path} is {given[:12]}; `memlm tune` fits "
+            "settings to this one"
+        )
 
 
 def memories_of(mixture: AnyMixture, memory: Datastore | None) -> list[Datastore | Cache]:

@@ -21,7 +21,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 60,
     sample: Annotated[bool, typer.Option(help="Draw tokens; otherwise take the likeliest.")] = False,
     top_p: Annotated[float, typer.Option(help="With --sample: draw from the likeliest tokens of this mass.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the drawing.")] = 0,
     sources: Annotated[bool, typer.Option(help="Show where the text came from, at the end.")] = True,
     dtype: common.Dtype = "float32",
     device: common.Device = None,

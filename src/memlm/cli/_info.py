@@ -26,6 +26,8 @@ def _described(info: dict[str, Any]) -> str:
     left_out = f", {corpus['skipped']:,} documents without text or binary left out" if corpus["skipped"] else ""
     lines = {
         "entries": f"{info['entries']:,} of {common.count(info['documents'], 'document')}",
+        **({"deleted": f"{info['deleted']:,} entries, on the disk until `memlm compact`"} if info["deleted"] else {}),
+        **({} if info["complete"] else {"unfinished": "the build was broken off; the same command goes on"}),
         "size": f"{decimal(info['bytes'])} in {common.count(info['segments'], 'segment')}",
         "made": f"{datetime.fromisoformat(info['created']):%Y-%m-%d %H:%M %Z}, version {info['version']}",
         "from": f"{corpus['source']}{left_out}",

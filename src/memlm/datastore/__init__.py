@@ -1,11 +1,25 @@
 """The datastore: entries and documents on disk."""
 
 from ._datastore import Datastore as Datastore
-from ._datastore import Provenance as Provenance
 from ._manifest import FORMAT_VERSION as FORMAT_VERSION
 from ._manifest import Manifest as Manifest
 from ._pointers import Pointed as Pointed
 from ._pointers import Pointers as Pointers
 from ._pointers import follow as follow
+from ._verify import audit as audit
+from ._verify import verify as verify
+from ._version import Provenance as Provenance
+from ._version import Version as Version
 
-__all__ = ["FORMAT_VERSION", "Datastore", "Manifest", "Pointed", "Pointers", "Provenance", "follow"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Datastore",
+    "Manifest",
+    "Pointed",
+    "Pointers",
+    "Provenance",
+    "Version",
+    "audit",
+    "follow",
+    "verify",
+]

@@ -1,17 +1,17 @@
-"""Building a datastore: documents → keys → segments → manifest."""
+"""Building a datastore and adding to it: documents → keys → segments → versions.
+
+Every finished segment is published as a version of its own. A build that was killed or broken off goes on behind the
+last of them when it is run again, and ends with the same datastore.
+"""
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
-import re
-import shutil
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -19,13 +19,10 @@ from torch import Tensor
 from ..documents import Corpus, Document, describe
 from ..errors import ConfigError, CorpusError, DatastoreError
 from ..progress import progress
-from ._manifest import Manifest, Part
-from ._segment import KEY_TYPES, SegmentWriter, value_type
-
-# Files of a build that was killed, as paths from the datastore's folder
-_LEFTOVER = re.compile(
-    r"segments(/\d{6,}(/(documents\.jsonl|(entries|keys)\.safetensors))?)?|\.manifest-\d+\.json\.\d+\.tmp"
-)
+from ._manifest import CURRENT, FIRST_KEPT, Manifest, manifest_name, now, read_current
+from ._segment import KEY_TYPES, Stored, value_type
+from ._stored import Directory, Place, with_deleted
+from ._writing import is_own, locked, segment_used, sweep, write_segment, writing
 
 
 class Encoder(Protocol):
@@ -50,6 +47,20 @@ class Encoder(Protocol):
         ...
 
 
+class Group(NamedTuple):
+    """Documents that become one segment, and what they take the place of.
+
+    Attributes:
+        items: Tokenized documents.
+        replaced: Places of stored documents with the same ids.
+        last: No other group follows.
+    """
+
+    items: list[Any]
+    replaced: list[Place]
+    last: bool
+
+
 def build_segments(
     encoder: Encoder,
     source: Any,
@@ -60,121 +71,216 @@ def build_segments(
     segment_entries: int,
     show_progress: bool,
 ) -> Manifest:
-    """Write the segments and the first manifest of a datastore; on any error nothing is left of them.
+    """Write the segments of a new datastore, or the remaining ones of a build that did not come to its end.
+
+    The datastore is complete only when its index is published, too; see `Datastore.build`. On an error the segments
+    published until then are kept; where there are none, nothing is left.
 
     Raises:
         CorpusError: No text, or unreadable text.
-        DatastoreError: `path` is taken, or cannot be written.
+        DatastoreError: `path` is taken, by a datastore or by something else, or cannot be written.
+        DatastoreMismatch: An unfinished build has another model, tokenizer or key site.
         KeyOverflow: Keys are not finite.
     """
-    from .. import __version__
-
     if key_dtype not in KEY_TYPES:
         raise ConfigError(f"key type is {key_dtype!r}; expected one of {', '.join(KEY_TYPES)}")
-    if segment_entries < 1:
-        raise ConfigError(f"segment_entries is {segment_entries}; expected at least 1")
     corpus = source if isinstance(source, Corpus) else Corpus(source)  # whoever made it reads what it left out
-    identity = encoder.identity
-    settings = {
-        "key_dtype": key_dtype,
-        "key_width": encoder.key_width,
-        "vocab_size": identity["tokenizer"]["vocab_size"],
-    }
-    parts: list[Part] = []
-    entry_bytes = KEY_TYPES[key_dtype][1].itemsize * encoder.key_width + 20
-    with _new_folder(path, entry_bytes):
-        for group in _groups(encoder, corpus, segment_entries):
-            name = f"{len(parts):06d}"
-            writer = SegmentWriter(path / "segments" / name, group, **settings)
-            with progress("reading keys", writer.entries, show=show_progress) as advance:  # a bar a segment
-                for rows, keys in encoder.keys(item.ids for item in group):
-                    writer.write_keys(rows, keys)
-                    advance(len(rows))
-            parts.append(Part.describe(path / "segments", name, writer.finish()))
-        manifest = Manifest(
-            version=1,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            created_by=f"memlm {__version__}",
-            encoder=identity["encoder"],
-            tokenizer=identity["tokenizer"],
-            windows=identity["windows"],
-            metric=metric,
-            keys={"dtype": key_dtype, "width": encoder.key_width},
-            values={"dtype": {"U16": "uint16", "U32": "uint32"}[value_type(settings["vocab_size"])]},
-            corpus={"source": describe(source), "skipped": len(corpus.skipped)},
-            segments=tuple(parts),
-            index=None,
-        )
-        if not manifest.entries:
-            raise CorpusError(f"no token of {describe(source)} can be stored: every document has one token or none")
-        manifest.publish(path)
+    _check_size(segment_entries)
+    empty = _empty(encoder, metric, key_dtype, describe(source))
+    with _building(path, empty) as manifest:
+        directory, change = Directory.open(path, manifest), f"build of {describe(source)}"
+        for group in _groups(encoder, corpus, segment_entries, directory, replace_others=False):
+            if group.last and not manifest.slots and not any(len(item.ids) > 1 for item in group.items):
+                raise CorpusError(f"no token of {describe(source)} can be stored: every document has one token or none")
+            manifest = _publish(path, manifest, directory, encoder, group, change, len(corpus.skipped), show_progress)
     return manifest
 
 
+def add_documents(
+    encoder: Encoder,
+    source: Any,
+    path: Path,
+    *,
+    replace_others: bool,
+    segment_entries: int,
+    show_progress: bool,
+) -> tuple[int, int]:
+    """Add documents as new segments; what is stored already, with the same id and content, is left out.
+
+    Every segment is one commit, and takes the place of the documents that it replaces in the same commit.
+
+    Returns:
+        How many documents were added, and how many of them replaced others.
+
+    Raises:
+        DatastoreError: An id is stored with other content, and `replace_others` is false; what was published before
+            stays.
+        DatastoreMismatch: The encoder is another one.
+    """
+    _check_size(segment_entries)
+    corpus = source if isinstance(source, Corpus) else Corpus(source)
+    added = replaced = 0
+    Manifest.load(path).check_bound(encoder.identity)
+    with writing(path, "add") as manifest:
+        directory = Directory.open(path, manifest)
+        for group in _groups(encoder, corpus, segment_entries, directory, replace_others=replace_others):
+            change = f"add {len(group.items)} of {describe(source)}"
+            skipped = manifest.corpus["skipped"] + (len(corpus.skipped) if group.last else 0)
+            manifest = _publish(path, manifest, directory, encoder, group, change, skipped, show_progress)
+            added, replaced = added + len(group.items), replaced + len(group.replaced)
+    return added, replaced
+
+
+def _check_size(segment_entries: int) -> None:
+    if segment_entries < 1:
+        raise ConfigError(f"segment_entries is {segment_entries}; expected at least 1")
+
+
+def _empty(encoder: Encoder, metric: str, key_dtype: str, source: str) -> Manifest:
+    """Return what comes before the first version of a new datastore."""
+    from .. import __version__
+
+    identity = encoder.identity
+    size = identity["tokenizer"]["vocab_size"]
+    return Manifest(
+        version=0,
+        created=now(),
+        created_by=f"memlm {__version__}",
+        written=now(),
+        change="",
+        parent=None,
+        kept=FIRST_KEPT,
+        encoder=identity["encoder"],
+        tokenizer=identity["tokenizer"],
+        windows=identity["windows"],
+        metric=metric,
+        keys={"dtype": key_dtype, "width": encoder.key_width},
+        values={"dtype": {"U16": "uint16", "U32": "uint32"}[value_type(size)]},
+        corpus={"source": source, "skipped": 0, "complete": False},
+        segments=(),
+        index=None,
+    )
+
+
 @contextmanager
-def _new_folder(path: Path, entry_bytes: int) -> Iterator[None]:
-    """Make a folder and keep other builds out of it for the block; on an error leave it as found: absent or empty."""
+def _building(path: Path, empty: Manifest) -> Iterator[Manifest]:
+    """Hold a new folder, or that of an unfinished build, and yield where to go on.
+
+    Where an error ends the block and nothing was published, the folder is left as it was found: absent or empty.
+    """
     existed = path.exists()
     if existed and not path.is_dir():
         raise DatastoreError(f"{path} exists already, as a file; name a new folder")
+    taken = [item for item in path.rglob("*") if not is_own(item, path)] if existed else []
+    if taken:
+        raise DatastoreError(f"{path} exists already (it holds {taken[0].name}); name a new folder, or remove it")
+    if (path / CURRENT).exists():
+        _unfinished(path, empty)  # before the lock, which writes
     try:
         path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise DatastoreError(f"{path} cannot be made ({error.strerror}); name another place") from error
     try:
-        _lock(folder, path)
-        taken = [item for item in path.rglob("*") if not _is_leftover(item, path)]
-        if taken:
-            raise DatastoreError(f"{path} exists already (it holds {taken[0].name}); name a new folder, or remove it")
-        _clear(path)
-        try:
-            yield
-        except BaseException as error:
-            _clear(path)
-            if not existed:
-                path.rmdir()
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise DatastoreError(
-                    f"no space left for the datastore at {path} ({error.strerror}); nothing of it was kept: free some, "
-                    f"or name another place. An entry takes about {entry_bytes} bytes"
-                ) from error
-            raise
-    finally:
-        os.close(folder)
+        with locked(path, "build"):
+            manifest = _reached(path, empty)
+            sweep(path, manifest)
+            try:
+                yield empty if manifest is None else manifest
+            except BaseException:
+                sweep(path, Manifest.load(path) if (path / CURRENT).exists() else None)
+                raise
+    except BaseException as error:
+        if not existed and not any(path.iterdir()):
+            path.rmdir()
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            size = KEY_TYPES[empty.keys["dtype"]][1].itemsize * empty.keys["width"] + 20
+            raise DatastoreError(f"{error}. An entry takes about {size} bytes") from error.__cause__
+        raise
 
 
-def _lock(folder: int, path: Path) -> None:
-    """Hold a folder until its descriptor is closed, or the process ends in whatever way."""
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DatastoreError(f"{path} is being built by another process; wait for it, or name a new folder") from error
-    except OSError:
-        pass  # a file system without locks
+def _reached(path: Path, empty: Manifest) -> Manifest | None:
+    """Return the version to go on from; None where there is none."""
+    if (path / CURRENT).exists():
+        return _unfinished(path, empty)
+    manifests = [item.name for item in path.glob("manifest-*.json")]
+    if not manifests:
+        return None
+    if manifests == [manifest_name(1)]:  # it was killed between a manifest and the file that makes it current
+        sha256 = json.loads((path / manifests[0]).read_text())["sha256"]
+        Manifest.read(path, 1, sha256).publish(path)
+        return _unfinished(path, empty)
+    read_current(path)  # says what is missing
+    return None
 
 
-def _is_leftover(item: Path, path: Path) -> bool:
-    return not item.is_symlink() and _LEFTOVER.fullmatch(item.relative_to(path).as_posix()) is not None
+def _unfinished(path: Path, empty: Manifest) -> Manifest:
+    """Return the version that an unfinished build has reached.
+
+    Raises:
+        DatastoreError: It is finished, or has other settings.
+    """
+    manifest = Manifest.load(path)
+    if manifest.complete:
+        raise DatastoreError(f"{path} exists already (it holds a datastore); name a new folder, or remove it")
+    manifest.check_bound({"encoder": empty.encoder, "tokenizer": empty.tokenizer})
+    for name in ("metric", "keys", "windows"):
+        if getattr(manifest, name) != getattr(empty, name):
+            raise DatastoreError(
+                f"{path} holds an unfinished build whose {name} is {getattr(manifest, name)}, not "
+                f"{getattr(empty, name)}; go on with the same settings, or remove it"
+            )
+    return manifest
 
 
-def _clear(path: Path) -> None:
-    """Remove everything that a build may have left."""
-    shutil.rmtree(path / "segments", ignore_errors=True)
-    for item in [*path.glob("manifest-*.json"), *path.glob(".manifest-*.tmp")]:
-        item.unlink()
-
-
-def _groups(encoder: Encoder, corpus: Iterable[Document], entries: int) -> Iterator[list[Any]]:
-    """Tokenize documents and gather them until a segment is full; a document is never divided."""
-    group: list[Any] = []
+def _groups(
+    encoder: Encoder, corpus: Iterable[Document], entries: int, directory: Directory, *, replace_others: bool
+) -> Iterator[Group]:
+    """Tokenize the documents that are not stored yet and gather them until a segment is full; none is divided."""
+    items: list[Any] = []
+    replaced: list[Place] = []
     size = 0
     for document in corpus:
+        place = directory.with_id(document.id)
+        if place is not None and directory.holds(place, document):
+            continue
+        if place is not None and not replace_others:
+            raise DatastoreError(
+                f"{document.id!r} is stored already, with other content; replace it, or give the new one another id"
+            )
         tokenized = encoder.tokenize(document)
-        if group and size + len(tokenized.ids) > entries:
-            yield group
-            group, size = [], 0
-        group.append(tokenized)
+        if items and size + len(tokenized.ids) > entries:
+            yield Group(items, replaced, last=False)
+            items, replaced, size = [], [], 0
+        items.append(tokenized)
+        replaced += [] if place is None else [place]
         size += len(tokenized.ids)
-    if group:
-        yield group
+    if items:
+        yield Group(items, replaced, last=True)
+
+
+def _publish(
+    path: Path,
+    manifest: Manifest,
+    directory: Directory,
+    encoder: Encoder,
+    group: Group,
+    change: str,
+    skipped: int,
+    show_progress: bool,
+) -> Manifest:
+    """Write a group as a segment and publish it as the next version."""
+    stored = [Stored.of(item, manifest.tokenizer["vocab_size"]) for item in group.items]
+    total = sum(len(item.values) for item in stored)
+    with progress("reading keys", total, show=show_progress) as advance:  # a bar a segment
+
+        def keys() -> Iterator[tuple[Tensor, Tensor]]:
+            for rows, block in encoder.keys(item.ids for item in group.items):
+                yield rows, block
+                advance(len(rows))
+
+        part = write_segment(path, manifest, stored, keys())
+    segments = (*with_deleted(manifest, directory, group.replaced), part)
+    corpus = {**manifest.corpus, "skipped": skipped}
+    following = manifest.following(change, segments=segments, corpus=corpus, kept=segment_used(manifest))
+    following.publish(path)
+    return following

@@ -1,78 +1,62 @@
-"""A datastore opened for reading and searching."""
+"""A datastore opened for reading, searching and changing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
+from ..errors import ConfigError, DatastoreError
+from ..evidence import METRICS, SQUARED_L2
+from ..index import build_index, check_factory
+from ._build import Encoder, add_documents, build_segments
+from ._change import merge_documents, remove_documents, rollback_to
+from ._compact import compact_segments
+from ._manifest import Manifest
+from ._part import Part
+from ._version import Version
+from ._writing import writing
 
-from ..errors import ConfigError, DatastoreCorrupt, ShapeError
-from ..evidence import METRICS, SQUARED_L2, Found
-from ..index import Index, build_index, check_factory, open_index
-from ..neighbors import Neighbors
-from ..text import count
-from ._build import Encoder, build_segments
-from ._manifest import Manifest, Part
-from ._segment import Segment, text_sha256
-
-
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where an entry comes from.
-
-    Attributes:
-        document: Id of its document.
-        position: Number of the entry within the document.
-        start: Character offset in the document's text at which the stored token begins.
-        stop: Offset at which it ends; equal to `start` at the end of the text.
-        before: Text before it.
-        token: Its own text; "" for the end of the text.
-        after: Text after it.
-        metadata: Of the document.
-    """
-
-    document: str
-    position: int
-    start: int
-    stop: int
-    before: str
-    token: str
-    after: str
-    metadata: dict[str, Any]
+SEGMENT_ENTRIES = 1 << 18  # what a killed build loses at most; a million keys of width 256 are four segments
 
 
-class Datastore:
+class Datastore(Version):
     """Entries (key, value) of every token of a corpus, on disk, with the documents they come from.
 
-    Open one with `Datastore(path)`, make one with `Datastore.build`.
+    Open one with `Datastore(path)`, make one with `Datastore.build`. It shows the version that it opened, whatever
+    others write, until `refresh`; its own changes it shows at once. Entries are numbered; what is deleted leaves its
+    numbers empty until `compact` numbers anew.
 
     Args:
         path: Folder of the datastore.
         verify: Compare every file with its checksum; otherwise only with its size.
+        version: An earlier version that is still kept; None opens the current one.
 
     Raises:
+        ConfigError: That version is not kept.
         DatastoreError: There is none, it is damaged, or it was written by a newer memlm.
     """
 
-    def __init__(self, path: str | Path, *, verify: bool = True) -> None:
+    def __init__(self, path: str | Path, *, verify: bool = True, version: int | None = None) -> None:
         self.path = Path(path)
-        self.manifest = Manifest.load(self.path)
-        for part in self.manifest.segments:
-            part.check(self.path / "segments", contents=verify)
-        settings = {"key_dtype": self.key_dtype, "key_width": self.width, "value_dtype": self.manifest.values["dtype"]}
-        self._segments = [Segment(self.path / "segments", part, **settings) for part in self.manifest.segments]
-        self._starts = np.cumsum([0] + [segment.entries for segment in self._segments])  # first entry of each segment
-        self.values = np.concatenate([segment.values for segment in self._segments])
-        if self.values.max() >= self.manifest.tokenizer["vocab_size"]:
-            raise DatastoreCorrupt(f"{self.path} holds token ids outside its vocabulary; build again")
-        self.index: Index = open_index(self, self.path / "index", self.manifest.index, verify=verify)
+        self._open(verify, version)
+
+    def _open(self, verify: bool, version: int | None = None) -> None:
+        """Open the current version; another try where a compaction removes its files at this very moment."""
+        while True:
+            current = Manifest.load(self.path)
+            manifest = current if version in (None, current.version) else self._kept(current, version)
+            try:
+                return self._show(manifest, verify)
+            except DatastoreError:
+                if Manifest.load(self.path).version == current.version:
+                    raise
+
+    def _kept(self, current: Manifest, version: int | None) -> Manifest:
+        kept = {manifest.version: manifest for manifest in current.history(self.path)}
+        if version not in kept:
+            raise ConfigError(f"version is {version}; expected one that is kept: {min(kept)} to {max(kept)}")
+        return kept[version]
 
     @classmethod
     def build(
@@ -84,10 +68,13 @@ class Datastore:
         index: str = "auto",
         metric: str = SQUARED_L2,
         key_dtype: str = "float16",
-        segment_entries: int = 1 << 20,
+        segment_entries: int = SEGMENT_ENTRIES,
         show_progress: bool = True,
     ) -> Datastore:
         """Store every token of a corpus: what the model saw before it, and which token it was.
+
+        A build that was killed, interrupted or broken off by an error goes on behind its last finished segment when it
+        is called again, and ends with the same datastore.
 
         Args:
             encoder: A `LanguageModel`.
@@ -96,14 +83,15 @@ class Datastore:
             index: "auto", "exact", or a FAISS factory string; see `build_index`.
             metric: "squared_l2", or "inner_product" for TRIME; distances are then negative inner products.
             key_dtype: "float16" or "bfloat16".
-            segment_entries: Entries a segment, about; a document is never divided. Bounds the text held in memory.
+            segment_entries: Entries a segment, about; a document is never divided. Bounds the text held in memory and
+                what a killed build loses.
             show_progress: Show rate and time left on stderr.
 
         Raises:
             ConfigError: The metric or the key type is not known.
             CorpusError: No text, or unreadable text.
-            DatastoreError: The folder is taken, the disk is full, keys are not finite, or the index cannot be built. In
-                the last case, and when interrupted while the index is built, a datastore with exact search is left.
+            DatastoreError: The folder is taken, the disk is full, keys are not finite, or the index cannot be built.
+                Finished segments are kept, and searched exactly until the build is called again.
         """
         path = Path(path)
         if metric not in METRICS:
@@ -123,202 +111,165 @@ class Datastore:
         return datastore
 
     def build_index(self, factory: str = "auto", *, show_progress: bool = False) -> None:
-        """Build another search index and publish it as a new version of the datastore."""
-        name = f"{self.manifest.version + 1:06d}"
-        part = build_index(self, self.path / "index", factory, name=name, show_progress=show_progress)
-        if part is None and self.manifest.index is None:
-            return
-        manifest = self.manifest.with_index(part)
-        opened = open_index(self, self.path / "index", part, verify=False)
-        manifest.publish(self.path)
-        self.manifest, self.index = manifest, opened
+        """Build a search index over all entries and publish it as a new version of the datastore."""
+        with writing(self.path, "index") as manifest:
+            if manifest != self.manifest:
+                self._show(manifest, verify=False)
+            name = f"{manifest.version + 1:06d}"
+            part = build_index(self, self.path / "index", factory, name=name, show_progress=show_progress)
+            corpus = {**manifest.corpus, "complete": True}
+            if part is not None or manifest.index is not None or manifest.corpus != corpus:
+                manifest = manifest.following(f"index {factory}", index=part, corpus=corpus)
+                manifest.publish(self.path)
+            self._show(manifest, verify=False)
 
-    def __len__(self) -> int:
-        return len(self.values)
+    def add(
+        self,
+        encoder: Encoder,
+        source: Any,
+        *,
+        replace: bool = False,
+        segment_entries: int = SEGMENT_ENTRIES,
+        show_progress: bool = False,
+    ) -> tuple[int, int]:
+        """Add documents; what is stored already, with the same id, text and metadata, is left out.
 
-    @property
-    def width(self) -> int:
-        """Numbers in a key."""
-        return self.manifest.keys["width"]
-
-    @property
-    def key_dtype(self) -> str:
-        """Type in which keys are stored."""
-        return self.manifest.keys["dtype"]
-
-    @property
-    def metric(self) -> str:
-        """What distances are: "squared_l2", or "inner_product" for negative inner products."""
-        return self.manifest.metric
-
-    def key_blocks(self, rows: int = 1 << 16) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """Yield (first entry, keys as float32 of shape (at most `rows`, width)) over the whole datastore."""
-        for start, segment in zip(self._starts, self._segments, strict=False):
-            for first in range(0, segment.entries, rows):
-                yield int(start) + first, segment.keys[first : first + rows].float().numpy()
-
-    def gather_keys(self, entries: npt.NDArray[np.int64]) -> Tensor:
-        """Return the stored keys of some entries, in the type of storage, shape (n, width)."""
-        if len(self._segments) == 1:
-            return self._segments[0].keys[torch.from_numpy(entries)]
-        result = torch.empty((len(entries), self.width), dtype=self._segments[0].keys.dtype)
-        owners = np.searchsorted(self._starts, entries, side="right") - 1
-        for number in np.unique(owners):
-            mine = np.flatnonzero(owners == number)
-            rows = torch.from_numpy(entries[mine] - self._starts[number])
-            result[torch.from_numpy(mine)] = self._segments[number].keys[rows]
-        return result
-
-    def search(
-        self, queries: npt.NDArray[np.float32], k: int, exclude: npt.NDArray[np.int64] | None = None
-    ) -> Neighbors:
-        """Find the nearest entries.
+        New entries are searched exactly, beside the index, until `compact` or `build_index`. Finished segments are
+        kept on an error, so that adding the same again goes on behind them.
 
         Args:
-            queries: float32, shape (n, width).
-            k: Neighbors a query.
-            exclude: Range of entries [from, to) that each query must not find, int64, shape (n, 2); None excludes
-                nothing. `document_range` gives the range of a document.
+            encoder: The model that made the keys.
+            source: Documents; anything that `Corpus` takes.
+            replace: Take the place of documents with the same ids, in the same commit.
+            segment_entries: Entries a commit, about; a document is never divided.
+            show_progress: Show rate and time left on stderr.
 
         Returns:
-            Neighbors of shape (n, k); fewer are marked absent.
+            How many documents were added, and how many of them replaced others.
 
         Raises:
-            ConfigError: k is larger than the datastore.
-            ShapeError: Queries have another width.
+            CorpusError: No text, or unreadable text.
+            DatastoreError: Another process writes, the disk is full, or an id is stored with other content.
+            DatastoreMismatch: The encoder is another one.
         """
-        self.check_search(queries, k)
-        queries = np.ascontiguousarray(queries, np.float32)
-        if exclude is None or not len(queries):
-            return self._checked(self.index.search(queries, k, (0, 0))) if len(queries) else Neighbors.empty(0, k)
-        ranges, group = np.unique(exclude, axis=0, return_inverse=True)
-        result = Neighbors.empty(len(queries), k)
-        for number, (first, stop) in enumerate(ranges):
-            mine = np.flatnonzero(group.ravel() == number)
-            found = self._checked(self.index.search(queries[mine], k, (int(first), int(stop))))
-            for whole, part in zip(result, found, strict=True):
-                whole[mine] = part
-        return result
+        try:
+            return add_documents(
+                encoder,
+                source,
+                self.path,
+                replace_others=replace,
+                segment_entries=segment_entries,
+                show_progress=show_progress,
+            )
+        finally:
+            self.refresh()
 
-    def check_search(self, queries: npt.NDArray[np.float32], k: int) -> None:
-        """Raise what `search` raises for such queries."""
-        if not 1 <= k <= len(self):
-            raise ConfigError(f"k is {k}; expected 1 to {len(self)}, the number of entries in {self.path}")
-        if queries.ndim != 2 or queries.shape[1] != self.width:
-            raise ShapeError(f"queries have shape {queries.shape}; expected (n, {self.width})")
-        if not np.isfinite(queries).all():
-            raise ShapeError("queries hold NaN or infinite numbers; check the model's weights and its dtype")
+    def remove(
+        self,
+        ids: Iterable[str] = (),
+        *,
+        pattern: str | None = None,
+        where: Mapping[str, Any] | None = None,
+        dry_run: bool = False,
+    ) -> list[str]:
+        """Delete documents, in one commit. Nothing returns them from then on; `rollback` brings them back until
+        `compact`, which takes them off the disk.
 
-    def _checked(self, found: Neighbors) -> Neighbors:
-        if found.entries.max(initial=0) >= len(self):
-            raise DatastoreCorrupt(f"the index of {self.path} names entries that do not exist; rebuild it")
-        return found
-
-    def lookup(self, queries: npt.NDArray[np.float32], k: int, exclude: npt.NDArray[np.int64] | None = None) -> Found:
-        """Find the nearest entries with their values, as tensors of shape (n, k); see `search`."""
-        return self.with_values(self.search(queries, k, exclude))
-
-    def with_values(self, found: Neighbors) -> Found:
-        """Return neighbors with their values, as tensors."""
-        tokens = self.values[found.entries].astype(np.int64)
-        distances, present = torch.from_numpy(found.distances), torch.from_numpy(found.present)
-        return Found(distances, torch.from_numpy(tokens), present, torch.from_numpy(found.entries))
-
-    def statistics(self) -> Tensor:
-        """Return log(1 + frequency) and log(1 + fertility) of every token among the stored values.
-
-        Frequency is how often another value follows it in its document, fertility how many different ones do. What a
-        document ends with is followed by nothing, and what it starts with (the start token, or where there is none its
-        first token) is a value of no entry: neither is counted there.
+        Args:
+            ids: Of documents; all of them must be there.
+            pattern: Of ids, as in a shell: `*`, `?`, `[a-z]`.
+            where: Metadata that must be equal; with a pattern, both must fit.
+            dry_run: Only tell which.
 
         Returns:
-            float32, shape (vocabulary, 2).
-        """
-        size = self.manifest.tokenizer["vocab_size"]
-        places = np.flatnonzero(~self.last_of_document)
-        before, after = self.values[places].astype(np.int64), self.values[places + 1].astype(np.int64)
-        pairs = np.unique(before * size + after)
-        counts = np.stack([np.bincount(before, minlength=size), np.bincount(pairs // size, minlength=size)], axis=1)
-        return torch.from_numpy(np.log1p(counts).astype(np.float32))
-
-    def document_range(self, text: str) -> tuple[int, int]:
-        """Return the entries [from, to) of the document with this very text; (0, 0) if it is not stored."""
-        name = text_sha256(text)
-        for start, segment in zip(self._starts, self._segments, strict=False):
-            number = segment.content.get(name)
-            if number is not None:
-                return int(start + segment.entry_starts[number]), int(start + segment.entry_starts[number + 1])
-        return 0, 0
-
-    def provenance(self, entry: int, context: int = 60) -> Provenance:
-        """Tell where an entry comes from, with `context` characters on either side.
+            Ids of the documents.
 
         Raises:
-            ConfigError: There is no such entry.
+            ConfigError: An id is not stored; nothing is removed.
+            DatastoreError: Another process writes.
         """
-        if not 0 <= entry < len(self):
-            raise ConfigError(f"entry is {entry}; expected 0 to {len(self) - 1}")
-        number = int(np.searchsorted(self._starts, entry, side="right")) - 1
-        segment, row = self._segments[number], entry - int(self._starts[number])
-        place = int(np.searchsorted(segment.entry_starts, row, side="right")) - 1
-        document = segment.document(place)
-        text = document["text"]
-        start, stop = (int(value) for value in segment.spans[row])
-        if row > segment.entry_starts[place]:
-            start = min(start, int(segment.spans[row - 1, 1]))  # white space that the tokenizer left out
-        return Provenance(
-            document=document["id"],
-            position=row - int(segment.entry_starts[place]),
-            start=start,
-            stop=stop,
-            before=text[max(0, start - context) : start],
-            token=text[start:stop],
-            after=text[stop : stop + context],
-            metadata=document["metadata"],
-        )
+        ids = [ids] if isinstance(ids, str) else ids
+        names = remove_documents(self.path, ids, pattern, {} if where is None else where, dry_run=dry_run)
+        self.refresh()
+        return names
 
-    def documents(self) -> Iterator[dict[str, Any]]:
-        """Yield id, sha256, metadata, text and `entries` [from, to) of every document."""
-        for start, segment in zip(self._starts, self._segments, strict=False):
-            for number in range(segment.documents):
-                first, stop = segment.entry_starts[number : number + 2] + start
-                yield {**segment.document(number), "entries": (int(first), int(stop))}
+    def merge(
+        self,
+        other: str | Path,
+        *,
+        replace: bool = False,
+        segment_entries: int = SEGMENT_ENTRIES,
+        show_progress: bool = False,
+    ) -> tuple[int, int]:
+        """Add the documents of another datastore with their keys; see `add`. No model is needed."""
+        try:
+            return merge_documents(
+                self.path,
+                Path(other),
+                replace_others=replace,
+                segment_entries=segment_entries,
+                show_progress=show_progress,
+            )
+        finally:
+            self.refresh()
 
-    def entry_ranges(self) -> Iterator[tuple[int, int]]:
-        """Yield the entries [from, to) of every document, in order."""
-        for start, segment in zip(self._starts, self._segments, strict=False):
-            for first, stop in zip(segment.entry_starts, segment.entry_starts[1:], strict=False):
-                yield int(start + first), int(start + stop)
+    def compact(
+        self,
+        *,
+        index: str | None = None,
+        segment_entries: int = SEGMENT_ENTRIES,
+        show_progress: bool = False,
+    ) -> None:
+        """Take everything deleted off the disk, join small segments, and index all entries.
 
-    @cached_property
-    def last_of_document(self) -> npt.NDArray[np.bool_]:
-        """Whether an entry is the last of its document, shape (entries,)."""
-        result = np.zeros(len(self), bool)
-        result[[stop - 1 for first, stop in self.entry_ranges() if first < stop]] = True
-        return result
+        Entries are numbered anew, and earlier versions are gone. Readers keep what they have opened.
 
-    def info(self) -> dict[str, Any]:
-        """Return numbers, sizes and settings, as plain values."""
-        manifest = self.manifest
-        parts: list[Part] = [*manifest.segments, *([manifest.index] if manifest.index else [])]
-        return {
-            "path": str(self.path),
-            "version": manifest.version,
-            "created": manifest.created,
-            "entries": len(self),
-            "documents": manifest.documents,
-            "bytes": sum(file["bytes"] for part in parts for file in part.files.values()),
-            "segments": len(manifest.segments),
-            "encoder": manifest.encoder,
-            "tokenizer": manifest.tokenizer,
-            "windows": manifest.windows,
-            "metric": manifest.metric,
-            "keys": manifest.keys,
-            "values": manifest.values,
-            "corpus": manifest.corpus,
-            "index": manifest.index.details if manifest.index else {"kind": "exact"},
-        }
+        Args:
+            index: "auto", "exact" or a FAISS factory string; None keeps the kind of index.
+            segment_entries: Entries a segment, about.
+            show_progress: Show rate and time left on stderr.
 
-    def __repr__(self) -> str:
-        entries, documents = count(len(self), "entry", "entries"), count(self.manifest.documents, "document")
-        return f"Datastore({str(self.path)!r}, {entries}, {documents})"
+        Raises:
+            DatastoreError: Another process writes, or the disk is full; nothing has changed then.
+        """
+
+        def index_of(draft: Manifest) -> Part | None:
+            before = self.manifest.index
+            factory = index or (before.details["factory"] if before else "auto")
+            version = Version(self.path, draft, verify=False)
+            name = f"{draft.version:06d}"
+            return build_index(version, self.path / "index", factory, name=name, show_progress=show_progress)
+
+        self.refresh()
+        check_factory(index or "auto", self.width, self.metric)
+        compact_segments(self.path, index_of, segment_entries=segment_entries, show_progress=show_progress)
+        self.refresh()
+
+    def rollback(self, version: int) -> None:
+        """Publish what an earlier version held as a new version.
+
+        Raises:
+            ConfigError: That version is not kept.
+            DatastoreError: Another process writes.
+        """
+        rollback_to(self.path, version)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Show the current version, which others may have written."""
+        if Manifest.load(self.path) != self.manifest:
+            self._open(verify=True)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the versions that are kept, the oldest first, as plain values."""
+        kept = [
+            {
+                "version": manifest.version,
+                "written": manifest.written,
+                "change": manifest.change,
+                "documents": manifest.documents,
+                "entries": manifest.entries,
+            }
+            for manifest in self.manifest.history(self.path)
+        ]
+        return kept[::-1]

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ..errors import DatastoreCorrupt, DatastoreError, DatastoreMismatch, FormatVersionError
 from ..evidence import METRICS
-from ..files import file_sha256, sync_directory, sync_file, write_json
+from ..files import write_json
+from ._part import FILE_FIELDS, SEGMENT_FILES, Part, check_deleted, check_fields, part_of
 
 FORMAT = "memlm-datastore"
-FORMAT_VERSION = 1
-_NAME = re.compile(r"manifest-(\d{6,})\.json")
-_PART = re.compile(r"[0-9a-z-]+")
-_FILE = re.compile(r"[0-9a-z]+\.[0-9a-z]+")
-SEGMENT_FILES = ("documents.jsonl", "entries.safetensors", "keys.safetensors")
-
+FORMAT_VERSION = 2
+CURRENT = "current.json"
+KEPT_VERSIONS = 64  # so that the manifests of many small additions do not pile up
 # What a manifest must hold at least: types of values, more of the same for objects, one pattern for a whole list.
-_FILES: dict[str, Any] = {"bytes": int, "sha256": str}
 _SITE: dict[str, Any] = {"name": str, "path": str, "tensor": str}
+_CURRENT: dict[str, Any] = {"version": int, "sha256": str}
+FIRST_KEPT = {"oldest": 1, "first_segment": 0, "next_segment": 0, "first_index": 1}  # of a new datastore
+_KEPT: dict[str, Any] = dict.fromkeys(FIRST_KEPT, int)
+_DELETED: dict[str, Any] = {"documents": [[int]], "entries": int}
 _SHAPE: dict[str, Any] = {
     "version": int,
     "created": str,
     "created_by": str,
+    "written": str,
+    "change": str,
+    "kept": _KEPT,
     "encoder": {"name": str, "architecture": str, "sha256": str, "key_site": _SITE},
     "tokenizer": {"sha256": str, "vocab_size": int},
     "windows": {"context": int, "stride": int},
@@ -36,65 +40,14 @@ _SHAPE: dict[str, Any] = {
     "values": {"dtype": str},
     "corpus": {"source": str, "skipped": int},
     "segments": [
-        {"name": str, "files": {name: _FILES for name in SEGMENT_FILES}, "details": {"entries": int, "documents": int}}
+        {
+            "name": str,
+            "files": {name: FILE_FIELDS for name in SEGMENT_FILES},
+            "details": {"entries": int, "documents": int, "deleted": _DELETED},
+        }
     ],
 }
-_INDEX_SHAPE: dict[str, Any] = {"name": str, "files": {}, "details": {"kind": str}}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """A segment or an index: a folder of immutable files.
-
-    Attributes:
-        name: Of the folder.
-        files: File name → {"bytes", "sha256"}.
-        details: What kind of part needs: a segment's numbers of entries and documents, an index's settings.
-    """
-
-    name: str
-    files: dict[str, dict[str, Any]]
-    details: dict[str, Any]
-
-    def check(self, folder: Path, *, contents: bool = True) -> None:
-        """Compare the files in a folder with their sizes and, if `contents`, with their checksums.
-
-        Args:
-            folder: Of all parts of this kind, just below the datastore's own.
-            contents: Read every file.
-
-        Raises:
-            DatastoreCorrupt: A file is missing, lies outside the datastore, has another size or other content.
-        """
-        home = folder.parent.resolve()
-        for name, expected in self.files.items():
-            path = folder / self.name / name
-            if not path.resolve().is_relative_to(home):
-                raise DatastoreCorrupt(f"{path} is a link out of the datastore; put the file itself in its place")
-            if not path.is_file():
-                raise DatastoreCorrupt(f"{path} is missing; restore it from a copy or build again")
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                raise DatastoreCorrupt(
-                    f"{path} has {size} bytes; expected {expected['bytes']}: it was truncated or changed; restore it "
-                    "from a copy or build again"
-                )
-            if contents and file_sha256(path) != expected["sha256"]:
-                raise DatastoreCorrupt(
-                    f"{path} does not match its checksum: its content was changed or damaged; restore it from a copy "
-                    "or build again"
-                )
-
-    @classmethod
-    def describe(cls, folder: Path, name: str, details: dict[str, Any]) -> Part:
-        """Describe the files that lie in `folder/name` now, and make them survive a power failure."""
-        files = {}
-        for path in sorted((folder / name).iterdir()):
-            sync_file(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        sync_directory(folder / name)
-        sync_directory(folder)
-        return cls(name=name, files=files, details=details)
+_INDEX_SHAPE: dict[str, Any] = {"name": str, "files": {}, "details": {"kind": str, "entries": int}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +57,10 @@ class Manifest:
     version: int
     created: str
     created_by: str
+    written: str
+    change: str
+    parent: dict[str, Any] | None
+    kept: dict[str, int]
     encoder: dict[str, Any]
     tokenizer: dict[str, Any]
     windows: dict[str, int]
@@ -115,41 +72,82 @@ class Manifest:
     index: Part | None
 
     @property
-    def entries(self) -> int:
-        """Entries in all segments."""
+    def slots(self) -> int:
+        """Entries in all segments, deleted ones among them: every entry number is below it."""
         return sum(segment.details["entries"] for segment in self.segments)
 
     @property
+    def entries(self) -> int:
+        """Entries in all segments that are not deleted."""
+        return self.slots - sum(segment.details["deleted"]["entries"] for segment in self.segments)
+
+    @property
     def documents(self) -> int:
-        """Documents in all segments."""
-        return sum(segment.details["documents"] for segment in self.segments)
+        """Documents in all segments that are not deleted."""
+        deleted = (item for segment in self.segments for item in segment.details["deleted"]["documents"])
+        return sum(segment.details["documents"] for segment in self.segments) - sum(b - a for a, b in deleted)
+
+    @property
+    def complete(self) -> bool:
+        """False while a build has not come to its end."""
+        return self.corpus["complete"]
 
     @property
     def content_sha256(self) -> str:
         """Fingerprint of everything stored, whatever the index: the same for every copy."""
-        files = {part.name: {name: file["sha256"] for name, file in part.files.items()} for part in self.segments}
-        return content_sha256({"encoder": self.encoder["sha256"], "segments": files})
+        files: dict[str, Any] = {
+            part.name: {name: file["sha256"] for name, file in part.files.items()} for part in self.segments
+        }
+        deleted = {part.name: part.details["deleted"]["documents"] for part in self.segments}
+        return content_sha256({"encoder": self.encoder["sha256"], "segments": files, "deleted": deleted})
+
+    def _content(self) -> dict[str, Any]:
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
 
     def publish(self, path: Path) -> None:
-        """Make this the current version of the datastore at `path`, in one step."""
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        write_json(path / f"manifest-{self.version:06d}.json", {**content, "sha256": content_sha256(content)})
+        """Make this the current version of the datastore at `path`, in one step: the replacement of `current.json`."""
+        content = self._content()
+        digest = content_sha256(content)
+        write_json(path / manifest_name(self.version), {**content, "sha256": digest})
+        write_json(path / CURRENT, {"version": self.version, "sha256": digest})
 
-    def with_index(self, index: Part | None) -> Manifest:
-        """Return the next version, with another index."""
-        return replace(self, version=self.version + 1, index=index)
+    def following(self, change: str, **fields: Any) -> Manifest:
+        """Return the next version, in which some fields are other ones.
+
+        Args:
+            change: What was done, for people.
+            fields: New values.
+        """
+        parent = {"version": self.version, "sha256": content_sha256(self._content())}
+        oldest = max(self.kept["oldest"], self.version + 2 - KEPT_VERSIONS)
+        kept = {**self.kept, "oldest": oldest, **fields.pop("kept", {})}
+        settings = {"written": now(), "change": change, "parent": parent, "kept": kept, **fields}
+        return replace(self, version=self.version + 1, **settings)
 
     def _check_values(self, version: int) -> None:
         """Raise ValueError where a value has the right type but cannot be."""
         if self.version != version:
             raise ValueError(f"its version is {self.version}, its name says {version}")
-        datetime.fromisoformat(self.created)
+        for moment in (self.created, self.written):
+            datetime.fromisoformat(moment)
+        if not isinstance(self.corpus.get("complete"), bool):
+            raise ValueError("it does not say whether its corpus is complete")
+        if self.parent is not None:
+            check_fields(self.parent, _CURRENT, "parent")
+            if self.parent["version"] >= self.version:
+                raise ValueError(f"its parent is version {self.parent['version']}")
+        if not self.kept["oldest"] <= self.version:
+            raise ValueError(f"the oldest version kept is {self.kept['oldest']}")
         if self.metric not in METRICS:
             raise ValueError(f"its metric is {self.metric!r}; expected {' or '.join(METRICS)}")
         if self.keys["dtype"] not in ("float16", "bfloat16") or not 0 < self.keys["width"] < 1 << 31:
             raise ValueError(f"its keys are {self.keys}; expected float16 or bfloat16 of a positive width")
-        if not 0 < self.entries < 1 << 48:
-            raise ValueError(f"it has {self.entries} entries")
+        if self.slots >= 1 << 48:
+            raise ValueError(f"it has {self.slots} entries")
+        for segment in self.segments:
+            check_deleted(segment)
+        if self.index is not None and self.index.details["entries"] > self.slots:
+            raise ValueError(f"its index holds {self.index.details['entries']} of {self.slots} entries")
         names = [segment.name for segment in self.segments]
         if len(set(names)) < len(names):
             raise ValueError("it names a segment twice")
@@ -192,32 +190,47 @@ class Manifest:
             FormatVersionError: It was written by a newer memlm.
             DatastoreCorrupt: The manifest is damaged, or names files outside the datastore.
         """
-        found = [(int(match[1]), name) for name in _names(path) if (match := _NAME.fullmatch(name))]
-        if not found:
-            raise DatastoreError(f"{path} holds no datastore; `memlm build` makes one")
-        file = path / max(found)[1]
+        current = read_current(path)
+        while True:
+            try:
+                return cls.read(path, **current)
+            except DatastoreCorrupt:
+                newer = read_current(path)  # it was compacted between the two
+                if newer == current:
+                    raise
+                current = newer
+
+    @classmethod
+    def read(cls, path: Path, version: int, sha256: str) -> Manifest:
+        """Read one version of the datastore at `path`, known by the checksum of its manifest; raises as `load` does."""
+        file = path / manifest_name(version)
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = _parsed(file)
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}")
-            _check(content["format_version"], int, "format_version")
+            check_fields(content["format_version"], int, "format_version")
             if content["format_version"] > FORMAT_VERSION:  # checked first: nothing else is known of a newer one
                 raise FormatVersionError(
                     f"{path} has format version {content['format_version']}; this memlm reads up to {FORMAT_VERSION}: "
                     "install a newer memlm"
                 )
-            if content["format_version"] < 1:
-                raise ValueError(f"its format version is {content['format_version']}")
+            if content["format_version"] < FORMAT_VERSION:
+                raise FormatVersionError(
+                    f"{path} has format version {content['format_version']}, from before memlm's first release; this "
+                    f"memlm reads {FORMAT_VERSION}: build again"
+                )
             if content.pop("sha256") != content_sha256(content):
                 raise ValueError("its content does not match its checksum")
+            if content_sha256(content) != sha256:
+                raise ValueError("it is another one than the version after it, or current.json, names")
             content.pop("format"), content.pop("format_version")
-            _check(content, _SHAPE, "the manifest")
-            segments = tuple(_part(item) for item in content.pop("segments"))
+            check_fields(content, _SHAPE, "the manifest")
+            segments = tuple(part_of(item) for item in content.pop("segments"))
             index = content.pop("index")
             if index is not None:
-                _check(index, _INDEX_SHAPE, "index")
-            manifest = cls(**content, segments=segments, index=None if index is None else _part(index))
-            manifest._check_values(max(found)[0])
+                check_fields(index, _INDEX_SHAPE, "index")
+            manifest = cls(**content, segments=segments, index=None if index is None else part_of(index))
+            manifest._check_values(version)
             return manifest
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise DatastoreCorrupt(
@@ -225,40 +238,63 @@ class Manifest:
                 "again"
             ) from error
 
+    def history(self, path: Path) -> Iterator[Manifest]:
+        """Yield this version and those before it that are kept, the newest first; raises as `load` does."""
+        manifest = self
+        yield manifest
+        while manifest.parent is not None and manifest.parent["version"] >= self.kept["oldest"]:
+            manifest = Manifest.read(path, **manifest.parent)
+            yield manifest
+
+
+def manifest_name(version: int) -> str:
+    """Return the name of a version's manifest."""
+    return f"manifest-{version:06d}.json"
+
+
+def now() -> str:
+    """Return this moment as manifests write it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_current(path: Path) -> dict[str, Any]:
+    """Return number and checksum of the current version of the datastore at `path`.
+
+    Raises:
+        DatastoreError: There is no datastore.
+        DatastoreCorrupt: The file that says so is damaged.
+    """
+    file = path / CURRENT
+    if not file.is_file():
+        if path.is_dir() and any(path.glob("manifest-*.json")):
+            raise DatastoreCorrupt(
+                f"{file} is missing: the datastore was never finished, or the file was lost; run the same build again, "
+                "or restore it from a copy"
+            )
+        raise DatastoreError(f"{path} holds no datastore; `memlm build` makes one")
+    try:
+        current = _parsed(file)
+        check_fields(current, _CURRENT, CURRENT)
+        if set(current) != set(_CURRENT):
+            raise ValueError(f"it has the fields {sorted(current)}")
+        return current
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DatastoreCorrupt(f"{file} is damaged ({reason}); restore it from a copy") from error
+
+
+def _parsed(file: Path) -> Any:
+    """Read a file that `write_json` wrote."""
+    text = file.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        raise ValueError("it is truncated")
+    return json.loads(text)
+
 
 def content_sha256(content: dict[str, Any]) -> str:
     """Return the checksum of a manifest: of its JSON without this field, in ASCII, keys sorted, no white space."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _check(value: Any, shape: Any, where: str) -> None:
-    """Raise ValueError unless a JSON value has the types that `shape` asks for; whole numbers may not be negative."""
-    kind = shape if isinstance(shape, type) else type(shape)
-    if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
-        wanted = "a whole number" if kind is int else kind.__name__
-        raise ValueError(f"{where} is {str(value)[:40]!r}; expected {wanted}")
-    if isinstance(shape, dict):
-        for name, inner in shape.items():
-            if name not in value:
-                raise ValueError(f"{where} lacks {name!r}")
-            _check(value[name], inner, name)
-    if isinstance(shape, list):
-        for item in value:
-            _check(item, shape[0], where)
-
-
-def _names(path: Path) -> list[str]:
-    return [item.name for item in path.iterdir()] if path.is_dir() else []
-
-
 def _site(encoder: dict[str, Any]) -> str:
     return f"{encoder['key_site']['path']} ({encoder['key_site']['tensor']})"
-
-
-def _part(item: dict[str, Any]) -> Part:
-    part = Part(**item)
-    for name, file in part.files.items():
-        _check(file, _FILES, name)
-    if not _PART.fullmatch(part.name) or not all(_FILE.fullmatch(name) for name in part.files):
-        raise ValueError(f"unsafe file names in part {part.name!r}")
-    return part

@@ -50,7 +50,7 @@ class Pointers:
             all of them advance together: long ones save more searches, short ones are more that share a search.
 
     Raises:
-        ConfigError: A number is below 1.
+        ConfigError: A number is below 1, or the stream is no whole number.
     """
 
     memory: Datastore
@@ -61,6 +61,8 @@ class Pointers:
         for name in ("least", "stream"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not isinstance(self.stream, int):
+            raise ConfigError(f"stream is {self.stream}; expected a whole number of targets")
 
     def __len__(self) -> int:
         return len(self.memory)
@@ -142,7 +144,7 @@ def follow(
         else:  # all of them wait: one search for as many as there can be
             rows = at[open_]
             near = memory.search(queries[rows], k, None if exclude is None else exclude[rows])
-            near = _union(near, found.rows(rows), len(memory))
+            near = _union(near, found.rows(rows), memory.slots)
             found.put(rows, near)
             at[open_] += 1
             moving[:] = True
@@ -188,7 +190,7 @@ def _distances(memory: Datastore, queries: Floats, rows: Ints, entries: Ints) ->
 
 
 def _union(near: Neighbors, pointers: Neighbors, size: int) -> Neighbors:
-    """Return the k nearest of what a search found and of pointers, none of them twice; `size` is the datastore's."""
+    """Return the k nearest of what a search found and of pointers, none of them twice; no entry is `size`."""
     nearer = pointers.present & (pointers.distances < near.distances[:, -1:])
     lines, places = nearer.nonzero()
     if not len(lines):

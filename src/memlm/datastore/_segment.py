@@ -7,15 +7,16 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..errors import CorpusError, DatastoreCorrupt, KeyOverflow, ModelError, ShapeError
-from ..tensors import Layout, create_tensors, open_tensors
-from ._manifest import Part
+from ..tensors import Layout, create_tensors, map_bytes, open_tensors
+from ._part import Part
 
 KEY_TYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16)}
 
@@ -25,45 +26,80 @@ def value_type(vocab_size: int) -> str:
     return "U16" if vocab_size <= 1 << 16 else "U32"
 
 
+class Stored(NamedTuple):
+    """A document as a segment holds it, less its keys.
+
+    Attributes:
+        line: Its JSON, ended by a line feed.
+        id_sha256: Digest of its id, 32 bytes.
+        text_sha256: Digest of its text, 32 bytes.
+        values: Token ids of its entries, shape (entries,).
+        spans: Character offsets of its entries, shape (entries, 2).
+    """
+
+    line: bytes
+    id_sha256: bytes
+    text_sha256: bytes
+    values: npt.NDArray[Any]
+    spans: npt.NDArray[Any]
+
+    @classmethod
+    def of(cls, item: Any, vocab_size: int) -> Stored:
+        """Return a tokenized document (`document`, `ids`, `spans`) in this form.
+
+        Raises:
+            CorpusError: Its metadata is no JSON.
+            ModelError: Token ids are not below `vocab_size`.
+        """
+        document, ids = item.document, item.ids
+        if len(ids) > 1 and (ids.min() < 0 or ids.max() >= vocab_size):
+            raise ModelError(
+                f"the tokens of {document.id!r} have ids from {ids.min()} to {ids.max()}; expected 0 to "
+                f"{vocab_size - 1}: the tokenizer does not belong to this model"
+            )
+        digest = sha256(document.text)
+        row = {"id": document.id, "sha256": digest.hex(), "metadata": plain_metadata(document)}
+        line = json.dumps({**row, "text": document.text}, ensure_ascii=True).encode() + b"\n"
+        return cls(line, sha256(document.id), digest, ids[1:], item.spans[1:])
+
+
 class SegmentWriter:
     """Writes one segment: first the documents and values, which give it its size, then keys in any order.
 
     Args:
         folder: Of the segment; must not exist.
-        documents: Tokenized documents, each with `document`, `ids` and `spans`.
+        documents: In order.
         key_dtype: "float16" or "bfloat16".
         key_width: Numbers in a key.
-        vocab_size: Token ids must be below it.
+        vocab_size: Token ids are below it.
     """
 
     def __init__(
-        self, folder: Path, documents: Sequence[Any], *, key_dtype: str, key_width: int, vocab_size: int
+        self, folder: Path, documents: Sequence[Stored], *, key_dtype: str, key_width: int, vocab_size: int
     ) -> None:
         folder.mkdir(parents=True)
         self.key_dtype = key_dtype
         self.documents = len(documents)
-        counts = [max(0, len(item.ids) - 1) for item in documents]
+        counts = [len(item.values) for item in documents]
         self.entries = sum(counts)
-        text_starts = _write_documents(folder / "documents.jsonl", documents)
-        values = value_type(vocab_size)
+        (folder / "documents.jsonl").write_bytes(b"".join(item.line for item in documents))
         layout: Layout = {
             # widest type first, so that every tensor is aligned
             "entry_starts": ("I64", (self.documents + 1,)),
             "text_starts": ("I64", (self.documents + 1,)),
             "spans": ("U32", (self.entries, 2)),
-            "values": (values, (self.entries,)),
+            "values": (value_type(vocab_size), (self.entries,)),
+            "ids": ("U8", (self.documents, 32)),
+            "texts": ("U8", (self.documents, 32)),
         }
         maps = create_tensors(folder / "entries.safetensors", layout)
-        maps["entry_starts"][:] = np.concatenate([[0], np.cumsum(counts)])
-        maps["text_starts"][:] = text_starts
-        for item, start, count in zip(documents, maps["entry_starts"], counts, strict=False):
-            if count and (item.ids.min() < 0 or item.ids.max() >= vocab_size):
-                raise ModelError(
-                    f"the tokens of {item.document.id!r} have ids from {item.ids.min()} to {item.ids.max()}; expected "
-                    f"0 to {vocab_size - 1}: the tokenizer does not belong to this model"
-                )
-            maps["values"][start : start + count] = item.ids[1:]
-            maps["spans"][start : start + count] = item.spans[1:]
+        maps["entry_starts"][:] = np.cumsum([0, *counts])
+        maps["text_starts"][:] = np.cumsum([0, *(len(item.line) for item in documents)])
+        for number, (item, start) in enumerate(zip(documents, maps["entry_starts"], strict=False)):
+            maps["values"][start : start + len(item.values)] = item.values
+            maps["spans"][start : start + len(item.values)] = item.spans
+            maps["ids"][number] = np.frombuffer(item.id_sha256, np.uint8)
+            maps["texts"][number] = np.frombuffer(item.text_sha256, np.uint8)
         for array in maps.values():
             if isinstance(array, np.memmap):
                 array.flush()
@@ -102,53 +138,55 @@ class SegmentWriter:
         return {"entries": self.entries, "documents": self.documents}
 
 
-def _write_documents(path: Path, documents: Sequence[Any]) -> np.ndarray:
-    """Write one JSON line a document; return where each starts, and the end."""
-    starts = [0]
-    with path.open("xb") as file:
-        for item in documents:
-            text = item.document.text
-            row = {"id": item.document.id, "sha256": text_sha256(text), "metadata": dict(item.document.metadata)}
-            try:  # dates and the like become text
-                line = json.dumps({**row, "text": text}, ensure_ascii=True, default=str)
-            except (TypeError, ValueError) as error:
-                raise CorpusError(f"the metadata of {item.document.id!r} cannot be stored as JSON: {error}") from error
-            file.write(line.encode() + b"\n")
-            starts.append(file.tell())
-    return np.array(starts, np.int64)
+def plain_metadata(document: Any) -> dict[str, Any]:
+    """Return a document's metadata as JSON gives it back; dates and the like become text.
+
+    Raises:
+        CorpusError: It is no JSON.
+    """
+    try:
+        return json.loads(json.dumps(dict(document.metadata), default=str))
+    except (TypeError, ValueError) as error:
+        raise CorpusError(f"the metadata of {document.id!r} cannot be stored as JSON: {error}") from error
 
 
-def text_sha256(text: str) -> str:
-    """Return the name of a text's content."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+def sha256(text: str) -> bytes:
+    """Return the digest of a text or an id, 32 bytes."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 class Segment:
-    """A segment opened for reading.
+    """A segment opened for reading. It goes on to be readable when its files are removed.
 
     Attributes:
         keys: float16 or bfloat16, shape (entries, width), mapped.
         values: Unsigned, shape (entries,), mapped.
         spans: Uint32, shape (entries, 2), mapped: character offsets in the document's text.
         entry_starts: Int64, shape (documents + 1,): first entry of every document.
+        ids: Digests of the documents' ids, uint8, shape (documents, 32).
+        texts: Digests of their texts, uint8, shape (documents, 32).
     """
 
     def __init__(self, folder: Path, part: Part, *, key_dtype: str, key_width: int, value_dtype: str) -> None:
+        self.name = part.name
         self.folder = folder / part.name
         self.entries: int = part.details["entries"]
         self.documents: int = part.details["documents"]
         arrays = open_tensors(self.folder / "entries.safetensors") | open_tensors(self.folder / "keys.safetensors")
+        self._lines = map_bytes(self.folder / "documents.jsonl")
         kind = "float16" if key_dtype == "float16" else "int16"  # NumPy lacks bfloat16
         expected = {
             "values": (value_dtype, (self.entries,)),
             "spans": ("uint32", (self.entries, 2)),
             "entry_starts": ("int64", (self.documents + 1,)),
             "text_starts": ("int64", (self.documents + 1,)),
+            "ids": ("uint8", (self.documents, 32)),
+            "texts": ("uint8", (self.documents, 32)),
             "keys": (kind, (self.entries, key_width)),
         }
         if {name: (array.dtype.name, array.shape) for name, array in arrays.items()} != expected:
             raise DatastoreCorrupt(f"{self.folder} holds other tensors than its manifest says; build again")
-        ends = {"entry_starts": self.entries, "text_starts": (self.folder / "documents.jsonl").stat().st_size}
+        ends = {"entry_starts": self.entries, "text_starts": len(self._lines)}
         for name, end in ends.items():
             starts = arrays[name]
             if starts[0] != 0 or starts[-1] != end or (np.diff(starts) < 0).any():
@@ -158,26 +196,62 @@ class Segment:
         self.values: np.ndarray = arrays["values"]
         self.spans: np.ndarray = arrays["spans"]
         self.entry_starts: np.ndarray = np.asarray(arrays["entry_starts"])
+        self.ids: np.ndarray = arrays["ids"]
+        self.texts: np.ndarray = arrays["texts"]
         self._text_starts: np.ndarray = np.asarray(arrays["text_starts"])
+
+    @cached_property
+    def _by_id(self) -> _Digests:
+        return _Digests(self.ids)
+
+    @cached_property
+    def _by_text(self) -> _Digests:
+        return _Digests(self.texts)
+
+    def with_id(self, digest: bytes) -> list[int]:
+        """Return the numbers of the documents whose id has this digest."""
+        return self._by_id.find(digest)
+
+    def with_text(self, digest: bytes) -> list[int]:
+        """Return the numbers of the documents whose text has this digest."""
+        return self._by_text.find(digest)
+
+    def line(self, number: int) -> bytes:
+        """Return a document's JSON as it is stored."""
+        return self._lines[self._text_starts[number] : self._text_starts[number + 1]].tobytes()
 
     def document(self, number: int) -> dict[str, Any]:
         """Return a document's id, sha256, metadata and text."""
-        start, stop = self._text_starts[number], self._text_starts[number + 1]
-        with (self.folder / "documents.jsonl").open("rb") as file:
-            file.seek(start)
-            return self._parsed(file.read(stop - start))
-
-    @cached_property
-    def content(self) -> dict[str, int]:
-        """Content hash of every document → its number."""
-        with (self.folder / "documents.jsonl").open("rb") as file:
-            return {self._parsed(line)["sha256"]: number for number, line in enumerate(file)}
-
-    def _parsed(self, line: bytes) -> dict[str, Any]:
         try:
-            document = json.loads(line)
+            document = json.loads(self.line(number))
             if all(isinstance(document[name], str) for name in ("id", "sha256", "text")) and "metadata" in document:
                 return document
         except (ValueError, TypeError, KeyError, RecursionError):
             pass
         raise DatastoreCorrupt(f"{self.folder / 'documents.jsonl'} holds a line that is no document; build again")
+
+    def stored(self, number: int) -> Stored:
+        """Return a document in the form in which it can be written into another segment."""
+        rows = self.rows(number)
+        ids, texts = self.ids[number].tobytes(), self.texts[number].tobytes()
+        return Stored(self.line(number), ids, texts, self.values[rows], self.spans[rows])
+
+    def rows(self, number: int) -> slice:
+        """Return the entries of a document."""
+        return slice(int(self.entry_starts[number]), int(self.entry_starts[number + 1]))
+
+
+class _Digests:
+    """Finds digests among many: by their first eight bytes, sorted, and then by all of them."""
+
+    def __init__(self, digests: npt.NDArray[np.uint8]) -> None:
+        heads = np.ascontiguousarray(digests[:, :8]).view(np.uint64).ravel()
+        self._digests = digests
+        self._order = heads.argsort(kind="stable")
+        self._heads = heads[self._order]
+
+    def find(self, digest: bytes) -> list[int]:
+        """Return the numbers at which it stands, rising."""
+        head = np.frombuffer(digest[:8], np.uint64)
+        first, stop = (int(np.searchsorted(self._heads, head, side)[0]) for side in ("left", "right"))
+        return [int(number) for number in self._order[first:stop] if self._digests[number].tobytes() == digest]

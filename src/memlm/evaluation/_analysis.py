@@ -53,7 +53,8 @@ def analyze(
     """Look at the test text by distance, frequency and overlap."""
     lm = held.lm_log_probs.double()
     gains = {name: (results[name].log_probs - lm).numpy() for name in _SHOWN}
-    stored = np.bincount(memory.values, minlength=memory.manifest.tokenizer["vocab_size"])[held.targets.numpy()]
+    values = memory.values if memory.live is None else memory.values[memory.live]
+    stored = np.bincount(values, minlength=memory.manifest.tokenizer["vocab_size"])[held.targets.numpy()]
     decades = np.where(stored > 0, np.floor(np.log10(np.maximum(stored, 1))).astype(int), -1)
     shared = overlaps(memory, text, held.evidence.memories[0].entries[:, 0].numpy())
     return Analysis(

@@ -166,7 +166,7 @@ def table(comparison: Comparison) -> list[str]:
     for row in comparison.rows:
         low, high = (_percent(-value) for value in (row.over_fixed.high, row.over_fixed.low))
         interval = "" if row.method == "knn-lm" else f"{low} to {high}"
-        to_fixed, to_lm = (_percent(math.log(row.perplexity / other)) for other in (fixed, alone))
+        to_fixed, to_lm = (_percent(math.log(row.perplexity) - math.log(other)) for other in (fixed, alone))
         shuffled = "" if row.shuffled is None else f"{row.shuffled:,.2f}"
         lines.append(
             f"{row.method:<22}{row.perplexity:>11,.2f}{to_fixed:>12}{interval:>22}{to_lm:>9}"

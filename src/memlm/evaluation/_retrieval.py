@@ -39,7 +39,7 @@ class Retrieved:
         targets: Int64, shape (n,).
         lm_log_probs: log p_LM of the targets, float32, shape (n,).
         evidence: What the memories found and, if asked for, what the model believes.
-        searched: Share of the targets for which datastores were searched; with pointers, the last such memory.
+        searched: Share of the targets for which a datastore was searched, the mean of all datastores; 0 without one.
         model_seconds: Time of the model's forward pass.
         search_seconds: Time of the search, memory by memory.
     """
@@ -196,7 +196,6 @@ def retrieve(
     streams = any(isinstance(item, Pointers) for item in memories)  # the more together, the better
     sizes = [len(item) if isinstance(item, Cache) else k for item, k in zip(memories, ks, strict=True)]
     together = max(1, min(_SEARCHED_TOGETHER, _FOUND_TOGETHER // max(1, sum(sizes))))
-    searching = float(any(datastore_of(item) is not None for item in memories))
     with progress(description, text.tokens, show=show_progress) as advance:
         first_row = first_document = 0
         while first_document < len(text.ids):
@@ -222,8 +221,8 @@ def retrieve(
                 belief = batch.belief if beliefs else None
                 if belief is not None:
                     belief = belief._replace(read=read_lately(read, batch.rows, starts[batch.rows]))
-                found, times = [], [scored]
-                share = searching if asked is None else searching * float(asked.float().mean())
+                found, times, shares = [], [scored], []
+                wanted_share = 1.0 if asked is None else float(asked.float().mean())
                 for place, (item, k) in enumerate(zip(memories, ks, strict=True)):
                     exclude = own[place][owners[rows.numpy()]] if place in own else None
                     if exclude is not None and not exclude.any():
@@ -234,16 +233,17 @@ def retrieve(
                         documents, some = owners[rows.numpy()], None if asked is None else asked.numpy()
                         part = item.lookup(batch.keys.numpy(), batch.targets.numpy(), documents, k, exclude, some)
                         found.append(part.found)
-                        share = float(part.searched.mean())
+                        shares.append(float(part.searched.mean()))
                     else:
                         found.append(_lookup(item, batch.keys, k, exclude, asked))
+                        shares.append(wanted_share)
                     times.append(time.perf_counter())
                 yield Retrieved(
                     rows=rows,
                     targets=batch.targets,
                     lm_log_probs=batch.log_probs,
                     evidence=Evidence(tuple(found), belief),
-                    searched=share,
+                    searched=sum(shares) / max(1, len(shares)),
                     model_seconds=scored - started,
                     search_seconds=tuple(after - before for before, after in pairwise(times)),
                 )

@@ -12,11 +12,22 @@ from ._faiss import FaissIndex as FaissIndex
 from ._faiss import build_faiss, empty_index
 from ._protocol import Index as Index
 from ._protocol import Keys as Keys
+from ._tailed import TailedIndex as TailedIndex
 
 if TYPE_CHECKING:
-    from ..datastore._manifest import Part
+    from ..datastore._part import Part
 
-__all__ = ["ExactIndex", "FaissIndex", "Index", "Keys", "auto_factory", "build_index", "check_factory", "open_index"]
+__all__ = [
+    "ExactIndex",
+    "FaissIndex",
+    "Index",
+    "Keys",
+    "TailedIndex",
+    "auto_factory",
+    "build_index",
+    "check_factory",
+    "open_index",
+]
 
 _EXACT_ENTRIES = 1 << 12  # up to which lists would be shorter than the 32 entries that their training needs
 _EXACT_LIMIT = 1 << 25  # numbers in all keys up to which a scan of everything is quick enough
@@ -62,16 +73,26 @@ def build_index(keys: Keys, folder: Path, factory: str, *, name: str, show_progr
         IndexError_: FAISS refuses the factory string or the keys.
     """
     if factory == "auto":
-        factory = auto_factory(len(keys), keys.width, keys.key_dtype)
+        factory = auto_factory(keys.slots, keys.width, keys.key_dtype)
     return None if factory == "exact" else build_faiss(keys, folder, factory, name, show_progress=show_progress)
 
 
-def open_index(keys: Keys, folder: Path, part: Part | None, *, verify: bool) -> Index:
-    """Open the index that a manifest names; exact search where it names none."""
+def open_index(keys: Keys, folder: Path, part: Part | None, known: Index | None = None, *, verify: bool) -> Index:
+    """Open the index that a manifest names; exact search where it names none, and of newer entries than it holds.
+
+    Args:
+        keys: The version of the datastore.
+        folder: Where indexes lie.
+        part: The index.
+        known: What was open before; an index that is the same part is not read again.
+        verify: Compare its file with its checksum.
+    """
     if part is None:
         return ExactIndex(keys)
-    part.check(folder, contents=verify)
-    if part.details.get("kind") != "faiss":
-        kind = part.details.get("kind")
-        raise IndexError_(f"the index of kind {kind!r} is not known here; rebuild it with --index auto")
-    return FaissIndex(keys, folder, part)
+    if part.details["kind"] != "faiss":
+        raise IndexError_(f"the index of kind {part.details['kind']!r} is not known here; rebuild it with --index auto")
+    known = known.older if isinstance(known, TailedIndex) else known
+    if not isinstance(known, FaissIndex) or known.part != part:
+        part.check(folder, contents=verify)
+    index = FaissIndex(keys, folder, part, known)
+    return index if part.details["entries"] == keys.slots else TailedIndex(index, ExactIndex(keys, index.entries))

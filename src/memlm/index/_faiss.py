@@ -22,10 +22,10 @@ from ..neighbors import Neighbors
 from ..progress import progress
 from ._exact import ExactIndex
 from ._metric import FAISS_METRICS, as_distances, distances
-from ._protocol import Keys
+from ._protocol import Index, Keys
 
 if TYPE_CHECKING:
-    from ..datastore._manifest import Part
+    from ..datastore._part import Part
 
 _TRAINING_KEYS_A_LIST = 48  # FAISS warns below 39
 _TARGET_RECALL = 0.985
@@ -37,17 +37,29 @@ _STORES_KEYS = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat, faiss.
 
 
 class FaissIndex:
-    """A FAISS index over a datastore, opened for searching."""
+    """A FAISS index over the first entries of a datastore, opened for searching.
 
-    def __init__(self, keys: Keys, folder: Path, part: Part) -> None:
+    Args:
+        keys: The version of the datastore.
+        folder: Where indexes lie.
+        part: The index.
+        known: An open index that may be the same part, and is then used.
+    """
+
+    def __init__(self, keys: Keys, folder: Path, part: Part, known: Index | None = None) -> None:
         self.details = part.details
+        self.part = part
         self._keys = keys
+        if isinstance(known, FaissIndex) and known.part == part:
+            self._faiss = known._faiss
+            _set_nprobe(self._faiss, part.details["nprobe"])
+            return
         try:
             nprobe = int(part.details["nprobe"])
             if nprobe < 1 or not isinstance(part.details["stores_keys"], bool) or "index.faiss" not in part.files:
                 raise ValueError("the manifest describes it wrongly")
             self._faiss = faiss.read_index(str(folder / part.name / "index.faiss"))
-            if self._faiss.ntotal != len(keys) or self._faiss.d != keys.width:
+            if self._faiss.ntotal != part.details["entries"] or self._faiss.d != keys.width:
                 raise ValueError(f"it holds {self._faiss.ntotal} keys of width {self._faiss.d}")
             if self._faiss.metric_type != FAISS_METRICS[keys.metric]:
                 raise ValueError(f"it does not search by {keys.metric}")
@@ -60,10 +72,32 @@ class FaissIndex:
             where = folder / part.name
             raise IndexError_(f"the index {where} does not fit its datastore: {error}; rebuild it") from error
 
+    @property
+    def entries(self) -> int:
+        """How many entries it holds, from the first."""
+        return self.part.details["entries"]
+
+    def visit(self, lists: int) -> None:
+        """Visit so many lists a query from now on, here alone: fewer are faster, and miss more neighbors.
+
+        `details` then name them, and no recall, which was measured with another number.
+
+        Raises:
+            IndexError_: The index has not so many lists, or none.
+        """
+        ivf = faiss.try_extract_index_ivf(self._faiss)
+        most = ivf.nlist if ivf is not None else 0
+        if not 1 <= lists <= most:
+            raise IndexError_(f"{lists} lists to visit, but this index has {most}; expected 1 to so many")
+        _set_nprobe(self._faiss, lists)
+        kept = {name: value for name, value in self.details.items() if not name.startswith("recall")}
+        self.details = {**kept, "nprobe": lists}
+
     def search(self, queries: npt.NDArray[np.float32], k: int, exclude: tuple[int, int]) -> Neighbors:
         """See `Index.search`."""
-        fetch = min(k if self.details["stores_keys"] else _RERANK_FACTOR * k, len(self._keys))
-        found = propose(self._faiss, queries, fetch, exclude)
+        fetch = min(k if self.details["stores_keys"] else _RERANK_FACTOR * k, self._faiss.ntotal)
+        live = None if self._keys.live is None else self._keys.live[: self._faiss.ntotal]
+        found = propose(self._faiss, queries, fetch, exclude, live)
         return found if self.details["stores_keys"] else rerank(self._keys, queries, found, k)
 
 
@@ -73,24 +107,25 @@ def build_faiss(keys: Keys, folder: Path, factory: str, name: str, *, show_progr
     `nprobe` is raised until recall@k, measured against exact search with stored keys as queries, reaches 0.985; what
     was reached goes into the manifest.
     """
-    from ..datastore._manifest import Part
+    from ..datastore._part import Part
 
     target = folder / name
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     try:
         index, stores_keys = _train(keys, factory)  # must be kept: parts of it do not own their memory
-        with progress("building index", len(keys), "keys", show=show_progress) as advance:
+        with progress("building index", keys.slots, "keys", show=show_progress) as advance:
             for _, block in keys.key_blocks():
                 index.add(block)
                 advance(len(block))
-        details = {"kind": "faiss", "factory": factory, "stores_keys": stores_keys, **_tune(keys, index, stores_keys)}
+        details = {"kind": "faiss", "entries": keys.slots, "factory": factory, "stores_keys": stores_keys}
+        details |= _tune(keys, index, stores_keys)
         faiss.write_index(index, str(target / "index.faiss"))
         return Part.describe(folder, name, details)
     except RuntimeError as error:
         _remove(target)
         raise IndexError_(
-            f"FAISS cannot build {factory!r} over {len(keys)} keys of width {keys.width}: {_reason(error)}; name "
+            f"FAISS cannot build {factory!r} over {keys.slots} keys of width {keys.width}: {_reason(error)}; name "
             "another factory, or 'auto'"
         ) from error
     except BaseException:
@@ -104,44 +139,73 @@ def _remove(target: Path) -> None:
         target.parent.rmdir()
 
 
-def propose(index: Any, queries: npt.NDArray[np.float32], k: int, exclude: tuple[int, int]) -> Neighbors:
-    """Ask for k entries outside a range: FAISS, or for many queries at once the batched search of its lists."""
+def propose(
+    index: Any,
+    queries: npt.NDArray[np.float32],
+    k: int,
+    exclude: tuple[int, int],
+    live: npt.NDArray[np.bool_] | None = None,
+) -> Neighbors:
+    """Ask for k entries outside a range: FAISS, or for many queries at once the batched search of its lists.
+
+    Args:
+        index: A FAISS index.
+        queries: float32, shape (n, width).
+        k: Entries a query.
+        exclude: Range of entries [from, to).
+        live: Whether an entry may be found, shape (entries of the index,); None allows all.
+    """
     from ._lists import pays, search_lists  # compiles, so it is loaded only where there is something to search
 
     lists = faiss.downcast_index(index)
     if isinstance(lists, faiss.IndexIVF) and pays(lists, len(queries)):
-        return search_lists(lists, queries, k, exclude)
-    if exclude[0] >= exclude[1]:
+        return search_lists(lists, queries, k, exclude, live)
+    if exclude[0] >= exclude[1] and live is None:
         return _searched(index, queries, k)
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None and isinstance(faiss.downcast_index(index), faiss.IndexIVF):
-        allowed = faiss.IDSelectorNot(faiss.IDSelectorRange(exclude[0], exclude[1]))
+    allowed = np.ones(index.ntotal, bool) if live is None else live.copy()
+    allowed[exclude[0] : exclude[1]] = False
+    if isinstance(lists, faiss.IndexIVF):
         parameters: Any = faiss.SearchParametersIVF
+        bitmap: Any = faiss.IDSelectorBitmap
+        selector = bitmap(np.packbits(allowed, bitorder="little"))
         try:
-            found = _searched(index, queries, k, exclude, params=parameters(sel=allowed, nprobe=ivf.nprobe))
+            found = _searched(index, queries, k, allowed, params=parameters(sel=selector, nprobe=lists.nprobe))
         except RuntimeError as error:
             raise IndexError_(
                 f"this kind of index cannot leave out a document: {_reason(error)}; rebuild it"
             ) from error
         return _sorted(found)
-    # Other kinds take no selector: ask for so many that enough remain when the range is dropped by number.
-    fetch = min(index.ntotal, k + exclude[1] - exclude[0])
+    return _widened(index, queries, k, allowed)
+
+
+def _widened(index: Any, queries: npt.NDArray[np.float32], k: int, allowed: npt.NDArray[np.bool_]) -> Neighbors:
+    """Ask an index that takes no selector for more and more, until enough of what is found is allowed."""
     result = Neighbors.empty(len(queries), k)
-    step = max(1, _FETCHED_AT_ONCE // fetch)
-    for start in range(0, len(queries), step):
-        found = _searched(index, queries[start : start + step], fetch, exclude)
-        found = found.taken(np.argsort(found.distances, axis=1, kind="stable")[:, :k])
-        for whole, part in zip(result, found, strict=True):
-            whole[start : start + step] = part
+    wanted, fetch = np.arange(len(queries)), min(index.ntotal, 2 * k)
+    while len(wanted):
+        short = []
+        step = max(1, _FETCHED_AT_ONCE // fetch)
+        for start in range(0, len(wanted), step):
+            rows = wanted[start : start + step]
+            found = _searched(index, queries[rows], fetch, allowed)
+            result.put(rows, found.taken(np.argsort(found.distances, axis=1, kind="stable")[:, :k]))
+            short.append(rows[found.present.sum(axis=1) < k])
+        wanted = np.concatenate(short) if fetch < index.ntotal else wanted[:0]
+        fetch = min(index.ntotal, 4 * fetch)
     return result
 
 
 def _searched(
-    index: Any, queries: npt.NDArray[np.float32], k: int, exclude: tuple[int, int] = (0, 0), **settings: Any
+    index: Any,
+    queries: npt.NDArray[np.float32],
+    k: int,
+    allowed: npt.NDArray[np.bool_] | None = None,
+    **settings: Any,
 ) -> Neighbors:
-    """Let FAISS search, and take out what lies in a range: not every kind heeds its selector."""
+    """Let FAISS search, and take out what is not allowed: not every kind heeds its selector."""
     scores, rows = index.search(queries, k, **settings)
-    rows = np.where((rows >= exclude[0]) & (rows < exclude[1]), -1, rows)
+    if allowed is not None:
+        rows = np.where((rows >= 0) & allowed[np.maximum(rows, 0)], rows, -1)
     return Neighbors.from_search(rows, as_distances(scores, index.metric_type))
 
 
@@ -200,16 +264,16 @@ def _train(keys: Keys, factory: str) -> tuple[Any, bool]:
             stores_keys = True
     if index.is_trained:
         return index, stores_keys
-    size = min(len(keys), max(1 << 16, _TRAINING_KEYS_A_LIST * (ivf.nlist if ivf is not None else 256)))
-    chosen = np.sort(np.random.default_rng(0).choice(len(keys), size, replace=False))
+    size = min(keys.slots, max(1 << 16, _TRAINING_KEYS_A_LIST * (ivf.nlist if ivf is not None else 256)))
+    chosen = np.sort(np.random.default_rng(0).choice(keys.slots, size, replace=False))
     index.train(keys.gather_keys(chosen).float().numpy())
     return index, stores_keys
 
 
 def _tune(keys: Keys, index: Any, stores_keys: bool) -> dict[str, Any]:
     """Find the smallest nprobe that reaches the recall wanted; return it with the recall measured."""
-    k = min(1024, len(keys))
-    sample = np.random.default_rng(1).choice(len(keys), min(_SAMPLE, len(keys)), replace=False)
+    k = min(1024, keys.slots)
+    sample = np.random.default_rng(1).choice(keys.slots, min(_SAMPLE, keys.slots), replace=False)
     queries = keys.gather_keys(np.sort(sample)).float().numpy()
     truth = ExactIndex(keys).search(queries, k, (0, 0))
     ivf = faiss.try_extract_index_ivf(index)
@@ -218,7 +282,7 @@ def _tune(keys: Keys, index: Any, stores_keys: bool) -> dict[str, Any]:
     steps = sorted({min(lists, round(4 * 2 ** (step / 4))) for step in range(80)})
     for nprobe in steps if ivf is not None else [1]:
         _set_nprobe(index, nprobe)
-        found = propose(index, queries, k if stores_keys else min(_RERANK_FACTOR * k, len(keys)), (0, 0))
+        found = propose(index, queries, k if stores_keys else min(_RERANK_FACTOR * k, keys.slots), (0, 0), keys.live)
         if not stores_keys:
             found = rerank(keys, queries, found, k)
         measured = recall(found, truth)

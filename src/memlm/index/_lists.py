@@ -38,7 +38,9 @@ def pays(ivf: Any, queries: int) -> bool:
     return allowed and 0 < _SHORTEST * ivf.nlist <= queries * ivf.nprobe
 
 
-def search_lists(ivf: Any, queries: Floats, k: int, exclude: tuple[int, int]) -> Neighbors:
+def search_lists(
+    ivf: Any, queries: Floats, k: int, exclude: tuple[int, int], live: npt.NDArray[np.bool_] | None = None
+) -> Neighbors:
     """Search as `ivf.search` does, in its nprobe nearest lists; entries of the range [from, to) are not found.
 
     Args:
@@ -46,6 +48,7 @@ def search_lists(ivf: Any, queries: Floats, k: int, exclude: tuple[int, int]) ->
         queries: float32, shape (n, width).
         k: Neighbors a query.
         exclude: Range of entries.
+        live: Whether an entry may be found, shape (entries of the index,); None allows all.
     """
     result = Neighbors.empty(len(queries), k)
     probed = ivf.quantizer.search(queries, min(ivf.nprobe, ivf.nlist))[1]  # (n, nprobe), list numbers
@@ -53,7 +56,7 @@ def search_lists(ivf: Any, queries: Floats, k: int, exclude: tuple[int, int]) ->
     size = min(_GROUP, max(_GROUP // 4, -(-len(queries) // threads)))
     groups = [slice(start, start + size) for start in range(0, len(queries), size)]
     with ThreadPoolExecutor(threads, initializer=_divide_nothing) as pool:
-        parts = pool.map(lambda group: _search_group(ivf, queries[group], probed[group], k, exclude), groups)
+        parts = pool.map(lambda group: _search_group(ivf, queries[group], probed[group], k, exclude, live), groups)
         for group, found in zip(groups, parts, strict=True):
             for whole, part in zip(result, found, strict=True):
                 whole[group] = part
@@ -70,7 +73,9 @@ def _divide_nothing() -> None:
     faiss.omp_set_num_threads(1)
 
 
-def _search_group(ivf: Any, queries: Floats, probed: Ints, k: int, exclude: tuple[int, int]) -> Neighbors:
+def _search_group(
+    ivf: Any, queries: Floats, probed: Ints, k: int, exclude: tuple[int, int], live: npt.NDArray[np.bool_] | None
+) -> Neighbors:
     order = probed.ravel().argsort(kind="stable")
     bounds = np.searchsorted(probed.ravel()[order], np.arange(ivf.nlist + 1))
     order //= probed.shape[1]  # queries, in the order of their lists
@@ -89,6 +94,8 @@ def _search_group(ivf: Any, queries: Floats, probed: Ints, k: int, exclude: tupl
             tile = faiss.pairwise_distances(queries[rows] - center, keys)  # (m, length)
             if exclude[0] < exclude[1]:
                 tile[:, (ids >= exclude[0]) & (ids < exclude[1])] = np.inf
+            if live is not None:
+                tile[:, ~live[ids]] = np.inf
             _offer(tile, rows, ids, distances, entries, counts, limits, k)
     return _nearest(distances, entries, counts, k)
 

@@ -15,7 +15,15 @@ from ..neighbors import Neighbors
 class Keys(Protocol):
     """Stored keys, as a datastore offers them."""
 
-    def __len__(self) -> int: ...
+    @property
+    def slots(self) -> int:
+        """Entry numbers in use."""
+        ...
+
+    @property
+    def live(self) -> npt.NDArray[np.bool_] | None:
+        """Whether an entry is not deleted, shape (slots,); None where none is deleted."""
+        ...
 
     @property
     def width(self) -> int:
@@ -32,8 +40,8 @@ class Keys(Protocol):
         """What distances are, one of `evidence.METRICS`."""
         ...
 
-    def key_blocks(self, rows: int = ...) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """Yield (first entry, float32 keys) over everything."""
+    def key_blocks(self, rows: int = ..., start: int = ...) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Yield (first entry, float32 keys) from an entry on, also what is deleted."""
         ...
 
     def gather_keys(self, entries: npt.NDArray[np.int64]) -> Tensor:
@@ -50,5 +58,5 @@ class Index(Protocol):
         ...
 
     def search(self, queries: npt.NDArray[np.float32], k: int, exclude: tuple[int, int]) -> Neighbors:
-        """Return the k nearest entries of every query (float32, (n, width)), none from the range [from, to)."""
+        """Return the k nearest entries of every query (float32, (n, width)), none deleted or in [from, to)."""
         ...

@@ -11,20 +11,42 @@ from ._facts import owner_of as owner_of
 from ._facts import rows_of as rows_of
 from ._facts import site_of as site_of
 from ._facts import write_facts as write_facts
+from ._memorize import AttentionMemories as AttentionMemories
+from ._memorize import forget as forget
+from ._memorize import memorize as memorize
+from ._memorize import memory_of as memory_of
+from ._memory_attention import AttentionMemory as AttentionMemory
+from ._memory_settings import AttentionMemorySettings as AttentionMemorySettings
 from ._reader import RowReader as RowReader
+from ._removable import Removable as Removable
+from ._ring import KeyValueMemory as KeyValueMemory
+from ._ring import Recalled as Recalled
+from ._ring import Ring as Ring
 from ._rows import Nearest as Nearest
 from ._rows import Rows as Rows
 from ._rows import TensorRows as TensorRows
+from ._save_memory import load_attention_memory as load_attention_memory
+from ._save_memory import save_attention_memory as save_attention_memory
 from ._save_reader import load_row_reader as load_row_reader
 from ._save_reader import save_row_reader as save_row_reader
+from ._top_k_attention import register_top_k as register_top_k
+from ._top_k_attention import top_k_attention as top_k_attention
+from ._top_k_feed_forward import top_k_feed_forward as top_k_feed_forward
 from ._trained_rows import RowTraining as RowTraining
 from ._trained_rows import TrainedRows as TrainedRows
 from ._trained_rows import add_trained_rows as add_trained_rows
 
 __all__ = [
+    "AttentionMemories",
+    "AttentionMemory",
+    "AttentionMemorySettings",
     "Bank",
     "Committed",
+    "KeyValueMemory",
     "Nearest",
+    "Recalled",
+    "Removable",
+    "Ring",
     "RowReader",
     "RowTraining",
     "Rows",
@@ -34,12 +56,20 @@ __all__ = [
     "add_trained_rows",
     "create_fact_bank",
     "delete_facts",
+    "forget",
     "hidden_of",
+    "load_attention_memory",
     "load_row_reader",
+    "memorize",
+    "memory_of",
     "owner_of",
+    "register_top_k",
     "remove_beside",
     "rows_of",
+    "save_attention_memory",
     "save_row_reader",
     "site_of",
+    "top_k_attention",
+    "top_k_feed_forward",
     "write_facts",
 ]

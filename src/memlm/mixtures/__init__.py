@@ -30,6 +30,7 @@ from ._mixture import Mixture as Mixture
 from ._mixture import check_memory as check_memory
 from ._mixture import memory_likelihoods as memory_likelihoods
 from ._mixture import nearest as nearest
+from ._saved import fitted_with as fitted_with
 from ._saved import load_mixture as load_mixture
 from ._storage import check_place as check_place
 from ._trime import TrimeMixture as TrimeMixture
@@ -60,6 +61,7 @@ __all__ = [
     "fit_shared_cache",
     "fit_trime",
     "fits_of",
+    "fitted_with",
     "folds",
     "load_mixture",
     "memory_likelihoods",

@@ -19,7 +19,7 @@ from ..evidence import LATELY, Belief, Evidence, Found
 from ..text import count
 from ._features import features
 from ._mixture import CACHE, DatastoreMixture, Mix, Mixture
-from ._network import Network
+from ._network import LARGEST_NUMBER, Network
 
 _SPANS = (16, 64)  # tokens in which what was read counts e times less
 _MOST_MEMORIES = 16  # a target looks at the entries of all of them at once
@@ -36,7 +36,7 @@ class GateMixture(Mixture):
             the gate sees which datastore the text is like; None where there is nothing to choose between.
 
     Raises:
-        ConfigError: The network is for another number of memories, these are over 16, or a member is for several.
+        ConfigError: The network is for another number of memories, these are not 1 to 16, or a member is for several.
     """
 
     kind: ClassVar[str] = "gate"
@@ -53,11 +53,11 @@ class GateMixture(Mixture):
             or not len(table)
             or table.shape[1] != stored
             or table.dtype != torch.float32
-            or not bool(table.isfinite().all())
+            or not bool((table.abs() <= LARGEST_NUMBER).all())
         ):
             raise ConfigError("the gate's table of token frequencies is damaged; fit it again")
-        if len(self.members) > _MOST_MEMORIES:
-            raise ConfigError(f"a gate over {len(self.members):,} memories; expected up to {_MOST_MEMORIES}")
+        if not 1 <= len(self.members) <= _MOST_MEMORIES:
+            raise ConfigError(f"a gate over {len(self.members):,} memories; expected 1 to {_MOST_MEMORIES}")
         if any(len(member.ks) != 1 for member in self.members) or self.network.outputs != len(self.members) + 1:
             raise ConfigError(
                 f"a gate over {len(self.members)} memories needs a member for each and a network with one output more, "

@@ -19,9 +19,8 @@ from .. import ops
 from ..errors import ConfigError, DatastoreMismatch
 from ..evidence import INNER_PRODUCT, MOST_ENTRIES, SQUARED_L2, Belief, Evidence, Found
 from . import _storage
-from ._network import Network
+from ._network import LARGEST_NUMBER, Network
 
-_LARGEST_NUMBER = 1e30
 CACHE = "cache"  # a memory that is none of the datastores
 _MEMORIES = {
     SQUARED_L2: "a datastore searched by squared L2 (`memlm build`)",
@@ -245,8 +244,8 @@ def nearest(found: Found) -> Tensor:
 
 def check_number(name: str, value: Any) -> None:
     """Raise ConfigError unless this is a number that a float32 can hold with room to spare."""
-    if not abs(_as_float(name, value)) <= _LARGEST_NUMBER:
-        raise ConfigError(f"{name} is {_as_float(name, value)}; expected a number of size up to {_LARGEST_NUMBER:.0e}")
+    if not abs(_as_float(name, value)) <= LARGEST_NUMBER:
+        raise ConfigError(f"{name} is {_as_float(name, value)}; expected a number of size up to {LARGEST_NUMBER:.0e}")
 
 
 def check_weight(value: Any) -> None:
@@ -269,7 +268,7 @@ def check_count(name: str, value: Any) -> None:
 def check_positive(name: str, value: Any, hint: str = "`memlm tune` finds one") -> None:
     """Raise ConfigError unless this is a positive number."""
     number = _as_float(name, value)
-    if not 1 / _LARGEST_NUMBER <= number <= _LARGEST_NUMBER:
+    if not 1 / LARGEST_NUMBER <= number <= LARGEST_NUMBER:
         raise ConfigError(f"{name} is {number}; expected a positive number; {hint}")
 
 

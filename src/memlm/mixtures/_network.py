@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
+LARGEST_NUMBER = 1e30  # sums of larger ones overflow a float32, and ∞ − ∞ is no number
 # A file may ask for more than anyone fits: 64 numbers a layer, a key's width of features
 _MOST_LAYERS, _WIDEST, _MOST_FEATURES = 8, 1024, 1 << 16
 
@@ -23,7 +24,7 @@ class Network:
 
     Raises:
         ConfigError: Shapes do not fit one another or are far too large, or a tensor is not float32, or a number is not
-            finite.
+            finite, or larger than 10³⁰.
     """
 
     def __init__(self, mean: Tensor, scale: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -35,7 +36,7 @@ class Network:
         for weight, bias in layers:
             sound = sound and bias.ndim == 1 and tuple(weight.shape) == (len(bias), width)
             width = len(bias)
-        if not sound or not all(bool(part.isfinite().all()) for part in tensors):
+        if not sound or not all(bool((part.abs() <= LARGEST_NUMBER).all()) for part in tensors):
             raise ConfigError("the network of this mixture is damaged: its layers do not fit; fit it again")
         widest = max(len(bias) for _, bias in layers)
         if len(layers) > _MOST_LAYERS or widest > _WIDEST or len(mean) > _MOST_FEATURES:

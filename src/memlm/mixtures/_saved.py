@@ -59,6 +59,16 @@ def load_mixture(path: str | Path) -> Mixture:
     return mixture
 
 
+def fitted_with(path: str | Path) -> tuple[str, ...]:
+    """Return the fingerprints of the datastores that a saved mixture was fitted with, as far as they are recorded.
+
+    Raises:
+        ConfigError: A file is missing or damaged.
+    """
+    recorded = _storage.read(Path(path))[0].get("fitted_with")
+    return tuple(item for item in recorded if isinstance(item, str)) if isinstance(recorded, list) else ()
+
+
 def _filled(values: Any, tensors: dict[str, Tensor], path: Path) -> Mixture:
     """Make a mixture of JSON and tensors."""
     kind = KINDS.get(str(values.get("kind"))) if isinstance(values, dict) else None

@@ -9,6 +9,7 @@ from ._language_model import ScoredBatch as ScoredBatch
 from ._language_model import Scorer as Scorer
 from ._layers import DecoderLayer as DecoderLayer
 from ._layers import decoder_layers as decoder_layers
+from ._layers import find_decoder as find_decoder
 from ._layers import path_of as path_of
 from ._load import load as load
 from ._load import reference_lm as reference_lm
@@ -24,6 +25,7 @@ __all__ = [
     "Scorer",
     "attach",
     "decoder_layers",
+    "find_decoder",
     "find_key_site",
     "forward_to_site",
     "forward_with_keys",

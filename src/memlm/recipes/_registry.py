@@ -7,9 +7,10 @@ import difflib
 from ..errors import ConfigError
 from ._experiment import Experiment
 from .external_weights import EXPERIMENT as EXTERNAL_WEIGHTS
+from .memorizing_small import EXPERIMENT as MEMORIZING_SMALL
 from .trime_small import EXPERIMENT as TRIME_SMALL
 
-_ALL = {experiment.name: experiment for experiment in (EXTERNAL_WEIGHTS, TRIME_SMALL)}
+_ALL = {experiment.name: experiment for experiment in (EXTERNAL_WEIGHTS, MEMORIZING_SMALL, TRIME_SMALL)}
 
 
 def experiments() -> tuple[Experiment, ...]:

@@ -17,6 +17,8 @@ from ._recipe import load_recipe as load_recipe
 from ._segments import Segments as Segments
 from ._segments import bm25_segments as bm25_segments
 from ._segments import consecutive_segments as consecutive_segments
+from ._streams import StreamBatch as StreamBatch
+from ._streams import document_streams as document_streams
 from ._train_trime import train_trime as train_trime
 from ._trainer import TrimeTrainer as TrimeTrainer
 from ._trime import TrimeLoss as TrimeLoss
@@ -38,6 +40,7 @@ __all__ = [
     "ReaderLoss",
     "Recipe",
     "Segments",
+    "StreamBatch",
     "TrainingMemory",
     "TrimeLoss",
     "TrimeRecipe",
@@ -46,6 +49,7 @@ __all__ = [
     "bm25_chain",
     "bm25_segments",
     "consecutive_segments",
+    "document_streams",
     "load_recipe",
     "load_trime_recipe",
     "train_language_model",

@@ -1,0 +1,303 @@
+"""One version of a datastore, opened for reading and searching."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, DatastoreCorrupt, ShapeError
+from ..evidence import Found
+from ..index import Index, open_index
+from ..neighbors import Neighbors
+from ..text import count
+from ._manifest import Manifest
+from ._part import Part
+from ._stored import Directory, Place, open_segments
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where an entry comes from.
+
+    Attributes:
+        document: Id of its document.
+        position: Number of the entry within the document.
+        start: Character offset in the document's text at which the stored token begins.
+        stop: Offset at which it ends; equal to `start` at the end of the text.
+        before: Text before it.
+        token: Its own text; "" for the end of the text.
+        after: Text after it.
+        metadata: Of the document.
+    """
+
+    document: str
+    position: int
+    start: int
+    stop: int
+    before: str
+    token: str
+    after: str
+    metadata: dict[str, Any]
+
+
+class Version:
+    """Entries and documents of one version, on disk. Entries are numbered; what is deleted leaves its numbers empty.
+
+    Args:
+        path: Folder of the datastore.
+        manifest: Of the version, which need not be published.
+        verify: Compare every file with its checksum; otherwise only with its size.
+
+    Attributes:
+        values: Token ids, shape (slots,).
+        live: Whether an entry is not deleted, shape (slots,); None where none is deleted.
+        index: What searches.
+
+    Raises:
+        DatastoreError: It is damaged.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, *, verify: bool) -> None:
+        self.path = path
+        self._show(manifest, verify)
+
+    def _show(self, manifest: Manifest, verify: bool) -> None:
+        """Show a version; parts that are open already stay so."""
+        known = {segment.name: segment for segment in getattr(self, "_segments", [])}
+        for part in manifest.segments:
+            if part.name not in known:
+                part.check(self.path / "segments", contents=verify)
+        segments = open_segments(self.path, manifest, known)
+        dtype = np.uint16 if manifest.values["dtype"] == "uint16" else np.uint32
+        values = np.concatenate([np.zeros(0, dtype), *(segment.values for segment in segments)])
+        if values.max(initial=0) >= manifest.tokenizer["vocab_size"]:
+            raise DatastoreCorrupt(f"{self.path} holds token ids outside its vocabulary; build again")
+        shown = self.__dict__.copy()
+        self.__dict__.pop("last_of_document", None)
+        try:
+            self.manifest, self.values, self._segments = manifest, values, segments
+            self._starts = np.cumsum([0] + [segment.entries for segment in segments])  # first entry of each segment
+            self._directory = Directory(segments, manifest)
+            self.live = self._live()
+            self.index: Index = open_index(self, self.path / "index", manifest.index, shown.get("index"), verify=verify)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(shown)
+            raise
+
+    def _live(self) -> npt.NDArray[np.bool_] | None:
+        if self.manifest.slots == self.manifest.entries:
+            return None
+        live = np.ones(len(self.values), bool)
+        for start, segment, deleted in zip(self._starts, self._segments, self._directory.deleted, strict=False):
+            live[start : start + segment.entries] = ~np.repeat(deleted, np.diff(segment.entry_starts))
+        if live.sum() != self.manifest.entries:
+            raise DatastoreCorrupt(f"{self.path} does not have as many deleted entries as its manifest says; roll back")
+        return live
+
+    def __len__(self) -> int:
+        return self.manifest.entries
+
+    @property
+    def slots(self) -> int:
+        """Entry numbers in use, those of deleted entries among them: every number is below it."""
+        return len(self.values)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a key."""
+        return self.manifest.keys["width"]
+
+    @property
+    def key_dtype(self) -> str:
+        """Type in which keys are stored."""
+        return self.manifest.keys["dtype"]
+
+    @property
+    def metric(self) -> str:
+        """What distances are: "squared_l2", or "inner_product" for negative inner products."""
+        return self.manifest.metric
+
+    def key_blocks(self, rows: int = 1 << 16, start: int = 0) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Yield (first entry, keys as float32 of shape (at most `rows`, width)) from an entry on, also deleted ones."""
+        for begin, segment in zip(self._starts, self._segments, strict=False):
+            for first in range(max(0, start - int(begin)), segment.entries, rows):
+                yield int(begin) + first, segment.keys[first : first + rows].float().numpy()
+
+    def gather_keys(self, entries: npt.NDArray[np.int64]) -> Tensor:
+        """Return the stored keys of some entries, in the type of storage, shape (n, width)."""
+        if len(self._segments) == 1:
+            return self._segments[0].keys[torch.from_numpy(entries)]
+        result = torch.empty((len(entries), self.width), dtype=self._segments[0].keys.dtype)
+        owners = np.searchsorted(self._starts, entries, side="right") - 1
+        for number in np.unique(owners):
+            mine = np.flatnonzero(owners == number)
+            rows = torch.from_numpy(entries[mine] - self._starts[number])
+            result[torch.from_numpy(mine)] = self._segments[number].keys[rows]
+        return result
+
+    def search(
+        self, queries: npt.NDArray[np.float32], k: int, exclude: npt.NDArray[np.int64] | None = None
+    ) -> Neighbors:
+        """Find the nearest entries.
+
+        Args:
+            queries: float32, shape (n, width).
+            k: Neighbors a query.
+            exclude: Range of entries [from, to) that each query must not find, int64, shape (n, 2); None excludes
+                nothing. `document_range` gives the range of a document.
+
+        Returns:
+            Neighbors of shape (n, k); fewer are marked absent.
+
+        Raises:
+            ConfigError: k is larger than the datastore.
+            ShapeError: Queries have another width.
+        """
+        self.check_search(queries, k)
+        queries = np.ascontiguousarray(queries, np.float32)
+        if exclude is None or not len(queries):
+            return self._checked(self.index.search(queries, k, (0, 0))) if len(queries) else Neighbors.empty(0, k)
+        ranges, group = np.unique(exclude, axis=0, return_inverse=True)
+        result = Neighbors.empty(len(queries), k)
+        for number, (first, stop) in enumerate(ranges):
+            mine = np.flatnonzero(group.ravel() == number)
+            found = self._checked(self.index.search(queries[mine], k, (int(first), int(stop))))
+            for whole, part in zip(result, found, strict=True):
+                whole[mine] = part
+        return result
+
+    def check_search(self, queries: npt.NDArray[np.float32], k: int) -> None:
+        """Raise what `search` raises for such queries."""
+        if not 1 <= k <= len(self):
+            raise ConfigError(f"k is {k}; expected 1 to {len(self)}, the number of entries in {self.path}")
+        if queries.ndim != 2 or queries.shape[1] != self.width:
+            raise ShapeError(f"queries have shape {queries.shape}; expected (n, {self.width})")
+        if not np.isfinite(queries).all():
+            raise ShapeError("queries hold NaN or infinite numbers; check the model's weights and its dtype")
+
+    def _checked(self, found: Neighbors) -> Neighbors:
+        if found.entries.max(initial=0) >= max(1, self.slots):
+            raise DatastoreCorrupt(f"the index of {self.path} names entries that do not exist; rebuild it")
+        return found
+
+    def lookup(self, queries: npt.NDArray[np.float32], k: int, exclude: npt.NDArray[np.int64] | None = None) -> Found:
+        """Find the nearest entries with their values, as tensors of shape (n, k); see `search`."""
+        return self.with_values(self.search(queries, k, exclude))
+
+    def with_values(self, found: Neighbors) -> Found:
+        """Return neighbors with their values, as tensors."""
+        tokens = self.values[found.entries].astype(np.int64)
+        distances, present = torch.from_numpy(found.distances), torch.from_numpy(found.present)
+        return Found(distances, torch.from_numpy(tokens), present, torch.from_numpy(found.entries))
+
+    def statistics(self) -> Tensor:
+        """Return log(1 + frequency) and log(1 + fertility) of every token among the stored values.
+
+        Frequency is how often another value follows it in its document, fertility how many different ones do. What a
+        document ends with is followed by nothing, and what it starts with (the start token, or where there is none its
+        first token) is a value of no entry: neither is counted there.
+
+        Returns:
+            float32, shape (vocabulary, 2).
+        """
+        size = self.manifest.tokenizer["vocab_size"]
+        follows = ~self.last_of_document
+        places = np.flatnonzero(follows if self.live is None else follows & self.live)
+        before, after = self.values[places].astype(np.int64), self.values[places + 1].astype(np.int64)
+        pairs = np.unique(before * size + after)
+        counts = np.stack([np.bincount(before, minlength=size), np.bincount(pairs // size, minlength=size)], axis=1)
+        return torch.from_numpy(np.log1p(counts).astype(np.float32))
+
+    def document_range(self, text: str) -> tuple[int, int]:
+        """Return the entries [from, to) of the document with this very text; (0, 0) if it is not stored."""
+        place = self._directory.with_text(text)
+        return (0, 0) if place is None else self._range(place)
+
+    def _range(self, place: Place) -> tuple[int, int]:
+        rows, start = self._segments[place.segment].rows(place.number), int(self._starts[place.segment])
+        return start + rows.start, start + rows.stop
+
+    def provenance(self, entry: int, context: int = 60) -> Provenance:
+        """Tell where an entry comes from, with `context` characters on either side.
+
+        Raises:
+            ConfigError: There is no such entry, or it is deleted.
+        """
+        if not 0 <= entry < self.slots:
+            raise ConfigError(f"entry is {entry}; expected 0 to {self.slots - 1}")
+        if self.live is not None and not self.live[entry]:
+            raise ConfigError(f"entry {entry} is deleted")
+        number = int(np.searchsorted(self._starts, entry, side="right")) - 1
+        segment, row = self._segments[number], entry - int(self._starts[number])
+        place = int(np.searchsorted(segment.entry_starts, row, side="right")) - 1
+        document = segment.document(place)
+        text = document["text"]
+        start, stop = (int(value) for value in segment.spans[row])
+        if row > segment.entry_starts[place]:
+            start = min(start, int(segment.spans[row - 1, 1]))  # white space that the tokenizer left out
+        return Provenance(
+            document=document["id"],
+            position=row - int(segment.entry_starts[place]),
+            start=start,
+            stop=stop,
+            before=text[max(0, start - context) : start],
+            token=text[start:stop],
+            after=text[stop : stop + context],
+            metadata=document["metadata"],
+        )
+
+    def documents(self) -> Iterator[dict[str, Any]]:
+        """Yield id, sha256, metadata, text and `entries` [from, to) of every document."""
+        for place in self._directory:
+            yield {**self._directory.document(place), "entries": self._range(place)}
+
+    def entry_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield the entries [from, to) of every document, in order."""
+        for place in self._directory:
+            yield self._range(place)
+
+    @cached_property
+    def last_of_document(self) -> npt.NDArray[np.bool_]:
+        """Whether an entry is the last of its document, deleted or not, shape (slots,)."""
+        result = np.zeros(self.slots, bool)
+        for start, segment in zip(self._starts, self._segments, strict=False):
+            first, stop = segment.entry_starts[:-1], segment.entry_starts[1:]
+            result[start + stop[first < stop] - 1] = True
+        return result
+
+    def info(self) -> dict[str, Any]:
+        """Return numbers, sizes and settings, as plain values."""
+        manifest = self.manifest
+        parts: list[Part] = [*manifest.segments, *([manifest.index] if manifest.index else [])]
+        return {
+            "path": str(self.path),
+            "version": manifest.version,
+            "created": manifest.created,
+            "entries": len(self),
+            "documents": manifest.documents,
+            "bytes": sum(file["bytes"] for part in parts for file in part.files.values()),
+            "segments": len(manifest.segments),
+            "deleted": manifest.slots - manifest.entries,
+            "complete": manifest.complete,
+            "encoder": manifest.encoder,
+            "tokenizer": manifest.tokenizer,
+            "windows": manifest.windows,
+            "metric": manifest.metric,
+            "keys": manifest.keys,
+            "values": manifest.values,
+            "corpus": manifest.corpus,
+            "index": manifest.index.details if manifest.index else {"kind": "exact"},
+        }
+
+    def __repr__(self) -> str:
+        entries, documents = count(len(self), "entry", "entries"), count(self.manifest.documents, "document")
+        return f"Datastore({str(self.path)!r}, {entries}, {documents})"

@@ -1,0 +1,129 @@
+"""The command line on a datastore that changes, verb by verb."""
+
+import json
+import shutil
+
+import pytest
+
+from command_line import TEXTS, make_world, refused, run
+from memlm import Datastore
+
+KEYS = "segments/000000/keys.safetensors"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("living"))
+
+
+@pytest.fixture
+def place(world, tmp_path, monkeypatch):
+    """A working directory with a copy of the datastore and new texts."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world.memory, tmp_path / "memory")
+    (tmp_path / "new.txt").write_text("The box was sold in the morning.")
+    return tmp_path
+
+
+def documents(path="memory"):
+    return {item["id"]: item["text"] for item in Datastore(path).documents()}
+
+
+def result_of(*command):
+    result = run(*command, "--json")
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+def test_a_day_in_the_life_of_a_datastore(world, place):
+    before = documents()
+    shown = run("add", world.model, "memory", "new.txt")
+    assert shown.out.startswith("memory: 1 document added, 0 in the place of others; now ")
+    assert "of 4 documents, version 3" in shown.out
+    assert "reading keys" in shown.err
+    assert documents() == before | {"new.txt": "The box was sold in the morning."}
+    again = result_of("add", world.model, "memory", world.texts / "train")
+    assert (again["added"], again["version"]) == (0, 3)
+
+    (place / "new.txt").write_text("The box was bought.")
+    words = "'new.txt' is stored already, with other content; replace it, or give the new one another id"
+    assert words in refused("add", world.model, "memory", "new.txt")
+    assert result_of("update", world.model, "memory", "new.txt")["replaced"] == 1
+    assert documents()["new.txt"] == "The box was bought."
+
+    cats = next(name for name in before if "cats" in name)
+    assert result_of("remove", "memory", cats, "--dry-run")["removed"] == [cats]
+    assert cats in documents()
+    assert result_of("remove", "memory", "--pattern", "*cats*")["documents"] == 3
+    assert cats not in documents()
+    (place / "cats.txt").write_text(TEXTS["train/cats.txt"])
+    found = run("audit", "memory", cats, "--text", "cats.txt")
+    assert found.code == 1
+    assert "version 4 holds it: compact the datastore" in found.out
+    assert "segments/000000/documents.jsonl holds pieces of its text" in found.out
+    assert "on the disk until `memlm compact`" in run("info", "memory").out
+
+    versions = result_of("history", "memory")["versions"]
+    assert [item["change"].split()[0] for item in versions] == ["build", "index", "add", "add", "remove"]
+    assert "remove 1 document" in run("history", "memory").out
+    assert result_of("rollback", "memory", "4")["documents"] == 4
+    assert cats in documents()
+    assert result_of("rollback", "memory", "5")["documents"] == 3
+
+    compacted = result_of("compact", "memory", "--index", "IVF2,Flat")
+    assert compacted["bytes"] < compacted["bytes_before"] + 20_000
+    assert Datastore("memory").index.details["factory"] == "IVF2,Flat"
+    gone = run("audit", "memory", cats, "--text", "cats.txt")
+    assert (gone.code, gone.out) == (0, f"memory: no trace of {cats!r}\n")
+    assert run("verify", "memory").out == "memory: sound\n"
+    merged = result_of("merge", "memory", world.memory)
+    assert merged["added"] == 1
+    assert documents() == before | {"new.txt": "The box was bought."}
+    for verb in ("tune", "eval"):
+        assert run(verb, world.model, "memory", world.texts / "valid").code in (0, 2)
+
+
+def test_verify_finds_damage(place):
+    data = bytearray((place / "memory" / KEYS).read_bytes())
+    data[-1] ^= 1
+    (place / "memory" / KEYS).write_bytes(data)
+    result = run("verify", "memory")
+    assert result.code == 1
+    assert f"problem: memory/{KEYS} does not match its checksum" in result.out
+    assert len(json.loads(run("verify", "memory", "--json").out)["problems"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["remove", "memory"], "nothing says what to remove; give ids, --pattern or --where"),
+        (["remove", "memory", "nobody"], "no document has the id 'nobody'; nothing was removed"),
+        (["remove", "memory", "--where", "year"], "--where is 'year'; expected KEY=VALUE"),
+        (["rollback", "memory", "9"], "version is 9; expected one that is kept: 1 to 2"),
+        (["merge", "memory", "nowhere"], "nowhere holds no datastore"),
+        (["compact", "nowhere"], "nowhere holds no datastore"),
+        (["compact", "memory", "--index", "nonsense"], "FAISS does not take 'nonsense'"),
+        (["audit", "nowhere", "a"], "nowhere holds no datastore"),
+        (["history", "nowhere"], "nowhere holds no datastore"),
+        (["audit", "memory", "a", "--text", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(place, command, words):
+    before = documents()
+    assert words in refused(*command, place=place)
+    assert documents() == before
+
+
+def test_another_model_cannot_add(world, place):
+    from tiny_models import tiny_folder
+
+    other = tiny_folder("gpt2", place / "gpt2")
+    assert "built with" in refused("add", other, "memory", "new.txt")
+
+
+def test_metadata_chooses_what_is_removed(world, place):
+    lines = [{"id": f"n{year}", "text": "The cat was here.", "year": year} for year in (2023, 2024)]
+    (place / "dated.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result_of("add", world.model, "memory", "dated.jsonl")
+    assert result_of("remove", "memory", "--where", "year=2024")["removed"] == ["n2024"]
+    assert result_of("remove", "memory", "--where", "year=2024")["removed"] == []
