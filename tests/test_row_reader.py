@@ -1,4 +1,4 @@
-"""Readers of external weights inside models of all families: an exact no-op at first, reversible, written by one pass."""
+"""Readers of external weights inside models of all families: exact no-ops at first, reversible, written by one pass."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Trained rows: the same numbers as with the table in memory, only what is touched is read, and a kill loses nothing."""
+"""Trained rows: the numbers of a table in memory, only what is touched is read, and a kill loses nothing."""
 
 import os
 import resource
@@ -179,7 +179,7 @@ def test_other_ways_to_train(tmp_path, how):
 
 
 def test_a_batch_is_measured_before_it_is_written(tmp_path):
-    """Random text that is read once cannot be predicted; written before it is asked for, it could (negative control)."""
+    """Random text that is read once cannot be predicted; written before it is asked for, it could (control)."""
     torch.manual_seed(0)
     model, bank = frozen(), create(tmp_path / "bank")
     training = RowTraining(add_trained_rows(model, 1, bank, **SETTINGS), row_learning_rate=4.0)

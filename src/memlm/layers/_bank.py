@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DatastoreCorrupt, DatastoreError, KeyOverflow, ShapeError
 from ..files import file_sha256, write_atomically
-from ..tensors import create_tensors, open_tensors
+from ..tensors import Layout, create_tensors, open_tensors
 from ._bank_files import TYPES, Committed, create_rows, description_of, locked, put_in_place, read_commit, staging_of
 from ._journal import Journal, Undo
 from ._rows import Nearest
@@ -116,7 +116,11 @@ class Bank:
         staging = staging_of(folder)
         create_rows(staging, described)
         if moments:
-            layout = {"moments": ("F32", (rows, value_width)), "squares": ("F32", (rows,)), "steps": ("F32", (rows,))}
+            layout: Layout = {
+                "moments": ("F32", (rows, value_width)),
+                "squares": ("F32", (rows,)),
+                "steps": ("F32", (rows,)),
+            }
             create_tensors(staging / "moments.safetensors", layout)
         put_in_place(staging, folder, described, Committed(0, {}, {}))
         return cls(folder, writable=True)
@@ -204,8 +208,8 @@ class Bank:
         count = len(keys)
         if count > self.rows - self._count:
             raise DatastoreError(
-                f"{self.folder} has room for {self.rows - self._count:,} more rows, {count:,} are to be written; delete "
-                "some, or create a larger table"
+                f"{self.folder} has room for {self.rows - self._count:,} more rows, {count:,} are to be written; "
+                "delete some, or create a larger table"
             )
         keys, values = (self._stored(name, item) for name, item in (("keys", keys), ("values", values)))
         holes = self._holes[max(0, len(self._holes) - count) :][::-1]

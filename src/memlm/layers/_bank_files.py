@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DatastoreCorrupt, DatastoreError, FormatVersionError
 from ..files import sync_directory, sync_file, write_atomically, write_json
-from ..tensors import create_tensors
+from ..tensors import Layout, create_tensors
 
 VERSION = 1
 TYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}
@@ -45,7 +45,7 @@ class Committed(NamedTuple):
 def create_rows(folder: Path, described: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Create the file of rows, all zero, and return its tensors as writable maps."""
     kind, rows = TYPES[described["dtype"]][0], described["rows"]
-    layout = {
+    layout: Layout = {
         "owners": ("I64", (rows,)),
         "keys": (kind, (rows, described["key_width"])),
         "values": (kind, (rows, described["value_width"])),

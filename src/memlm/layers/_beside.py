@@ -89,8 +89,8 @@ def feed_forward_of(model: Any, layer: int) -> DecoderLayer:
     found = layers[layer]
     if found.feed_forward is None:
         raise UnsupportedArchitecture(
-            f"{found.path} of {type(model).__name__} has no feed-forward module of its own; expected one of the families "
-            "whose layers do, such as Llama, GPT-2, GPT-NeoX or Qwen"
+            f"{found.path} of {type(model).__name__} has no feed-forward module of its own; expected one of the "
+            "families whose layers do, such as Llama, GPT-2, GPT-NeoX or Qwen"
         )
     return found
 

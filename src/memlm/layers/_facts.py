@@ -94,8 +94,8 @@ def create_fact_bank(lm: Any, reader: RowReader, folder: str | Path, rows: int, 
 def write_facts(lm: Any, bank: Bank, facts: Mapping[str, str], *, starts: Mapping[str, int] | None = None) -> int:
     """Write facts by a forward pass over each; a fact of the same name is replaced.
 
-    What the rows hold does not depend on what was written before: nothing is read meanwhile. `bank.commit`, or the end of
-    a `with` block, makes them last.
+    What the rows hold does not depend on what was written before: nothing is read meanwhile. `bank.commit`, or the end
+    of a `with` block, makes them last.
 
     Args:
         lm: A `LanguageModel` with a reader in its model.

@@ -1,9 +1,9 @@
 """The journal of a table that is being changed: what its rows held before, so that a killed process is undone.
 
-Before a row is changed for the first time since the last commit, its content is appended and synced. A record that is cut
-off belongs to rows that were not changed yet. FORMAT: 8 bytes "memlmjnl" and the commit's number (uint64); then records
-of a number of rows and of bytes (uint64 each), the CRC-32 of what follows (uint32), the row numbers (int64), and the
-rows' content, column after column.
+Before a row is changed for the first time since the last commit, its content is appended and synced. A record that is
+cut off belongs to rows that were not changed yet. FORMAT: 8 bytes "memlmjnl" and the commit's number (uint64); then
+records of a number of rows and of bytes (uint64 each), the CRC-32 of what follows (uint32), the row numbers (int64),
+and the rows' content, column after column.
 """
 
 from __future__ import annotations

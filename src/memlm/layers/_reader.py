@@ -1,4 +1,4 @@
-"""A reader of external weights: what is trained once, in one layer of a frozen model, so that rows written later count."""
+"""A reader of external weights: what is trained once, in one layer of a frozen model, so that rows count."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _THRESHOLD = 0.5  # cosine of a row that weighs as much as nothing
 class RowReader(nn.Module):
     """Reads rows beside a feed-forward layer: out(Σ w_i v_i), with w from the cosine of query and key.
 
-    Keys and queries are linear maps of what the feed-forward layer sees, normalized; a value is a linear map of the next
-    token's embedding. Before training, `out` is zero, and so is all that is read; without rows it stays so.
+    Keys and queries are linear maps of what the feed-forward layer sees, normalized; a value is a linear map of the
+    next token's embedding. Before training, `out` is zero, and so is all that is read; without rows it stays so.
 
     Args:
         width: Of the model.
@@ -73,7 +73,8 @@ class RowReader(nn.Module):
             return self.out(read).reshape(hidden.shape).to(hidden.dtype)
 
     def scores(self, hidden: Tensor, keys: Tensor) -> Tensor:
-        """Return what decides how much each row is read, for training: the logits of nothing, which is 0, and of all rows.
+        """Return what decides how much each row is read, for training: the logits of nothing, which is 0, and of all
+        rows.
 
         Args:
             hidden: What the feed-forward sees, shape (n, width).
@@ -116,8 +117,8 @@ class RowReader(nn.Module):
         made_by = bank.note.get("reader")
         if made_by != self.fingerprint():
             raise DatastoreMismatch(
-                f"the rows of {bank.folder} are those of reader {str(made_by)[:12]}, this one is {self.fingerprint()[:12]}: "
-                "load the reader that was saved for them, or create a table for this one and write the facts again"
+                f"the rows of {bank.folder} are those of reader {str(made_by)[:12]}, this one is "
+                f"{self.fingerprint()[:12]}: load the reader that was saved for them, or create a table for this one and write the facts again"
             )
 
     def fingerprint(self) -> str:

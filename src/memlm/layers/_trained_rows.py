@@ -1,7 +1,7 @@
 """Trained rows: a layer's large table lies on disk, and only the rows that a batch touches are read and changed.
 
-The rows are the values of product keys (Lample et al. 2019, arXiv:1907.05242): finding them needs the sub-keys alone, of
-which there are as many as the square root of the rows, and so no other row is looked at.
+The rows are the values of product keys (Lample et al. 2019, arXiv:1907.05242): finding them needs the sub-keys alone,
+of which there are as many as the square root of the rows, and so no other row is looked at.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _STATE = ("exp_avg", "exp_avg_sq", "step")  # of torch's AdamW, for each paramet
 
 
 class TrainedRows(nn.Module):
-    """Product keys whose values are the rows of a table on disk; the sum of what the heads read is projected to the model.
+    """Product keys whose values are the rows of a table on disk; the sum of what the heads read is projected to the
+    model.
 
     The rows of a new table are zero, and so is what is read, until they are trained (`RowTraining`).
 
@@ -40,8 +41,8 @@ class TrainedRows(nn.Module):
         n = math.isqrt(bank.rows)
         if n * n != bank.rows or bank.key_width:
             raise ConfigError(
-                f"the table has {bank.rows:,} rows with keys of width {bank.key_width}; expected n² rows and width 0, as "
-                f"product keys address them, such as {n * n:,}"
+                f"the table has {bank.rows:,} rows with keys of width {bank.key_width}; expected n² rows and width 0, "
+                f"as product keys address them, such as {n * n:,}"
             )
         if key_width < 2 or key_width % 2 or heads < 1 or not 1 <= top_k <= bank.rows:
             raise ConfigError(
@@ -116,8 +117,8 @@ class RowTraining:
     """Trains a table's rows and what reads them, and keeps both in one step.
 
     After `loss.backward()`, `update` changes the rows that the batch has read, by `row_adam`, and the module's own
-    parameters by AdamW. `commit` keeps rows, moments, parameters, AdamW's state and the number of steps; a killed process
-    is led back to its last commit, and the same batches from there on give the same numbers, bit for bit.
+    parameters by AdamW. `commit` keeps rows, moments, parameters, AdamW's state and the number of steps; a killed
+    process is led back to its last commit, and the same batches from there on give the same numbers, bit for bit.
 
     Args:
         rows: What is trained; nothing else is.
@@ -167,10 +168,11 @@ class RowTraining:
         self.optimizer.zero_grad()
         ids, gradients = self.rows.take_gradients()
         bank = self.rows.bank
-        before = [bank.read(name, ids) for name in ("values", "moments", "squares", "steps")]
-        values, *state = before
-        after = row_adam(values, gradients, *state, self.row_learning_rate * rate, self.betas)
-        bank.update(ids, **dict(zip(("values", "moments", "squares", "steps"), after, strict=True)))
+        names = ("values", "moments", "squares", "steps")
+        values, moments, squares, steps = (bank.read(name, ids) for name in names)
+        learning_rate = self.row_learning_rate * rate
+        after = row_adam(values, gradients, moments, squares, steps, learning_rate, self.betas)
+        bank.update(ids, **dict(zip(names, after, strict=True)))
         self.steps += 1
         return len(ids)
 

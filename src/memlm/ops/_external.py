@@ -1,7 +1,7 @@
 """Reading rows of a table outside the model: attention over the rows found, where nothing is one of them.
 
-Attention over retrieved rows is that of Wu et al. 2022 (arXiv:2203.08913, section 3.2); the row that is nothing takes the
-place of its gate, so that how much is read depends on how near the rows are.
+Attention over retrieved rows is that of Wu et al. 2022 (arXiv:2203.08913, section 3.2); the row that is nothing takes
+the place of its gate, so that how much is read depends on how near the rows are.
 """
 
 from __future__ import annotations

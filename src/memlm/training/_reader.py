@@ -1,10 +1,10 @@
 """Training a reader of external weights on facts that are written anew in every step: it learns to read, not the facts.
 
 Each step writes some facts, asks for each in other words, and looks at text without facts. The rows are made with
-gradients, so that the maps of keys and values learn, too, and stand among rows of earlier steps. The loss has four parts,
-means in nats: the answers; which row was found for each token of an answer; that none is found elsewhere; and how much
-other text is changed. KBLaM (Wang et al. 2025, arXiv:2410.10450) trains linear maps to keys and values for a frozen model
-on the answers alone.
+gradients, so that the maps of keys and values learn, too, and stand among rows of earlier steps. The loss has four
+parts, means in nats: the answers; which row was found for each token of an answer; that none is found elsewhere; and
+how much other text is changed. KBLaM (Wang et al. 2025, arXiv:2410.10450) trains linear maps to keys and values for a
+frozen model on the answers alone.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def reader_loss(
         answer = list(item.question[item.start :])
         if not answer or item.place < 1 or item.start < 1 or list(item.fact[item.place :][: len(answer)]) != answer:
             raise ConfigError(
-                f"the answer {answer} of a question is not at token {item.place} of its fact {list(item.fact)}; expected "
-                "the same tokens in both, after at least one other"
+                f"the answer {answer} of a question is not at token {item.place} of its fact {list(item.fact)}; "
+                "expected the same tokens in both, after at least one other"
             )
     made = rows_of(model, reader, [item.fact for item in asked], [item.place for item in asked])
     written = _joined(made)

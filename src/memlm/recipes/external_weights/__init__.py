@@ -17,11 +17,13 @@ ARMS = {
 DESCRIPTION = """
 A small Llama learns a language of two kinds of text, facts “name name answer”, which are others in every document, and
 sentences of a Markov chain; then it is frozen. A reader beside its last feed-forward layer is trained to use rows of a
-table that one forward pass makes of each fact; in every step the answers are drawn anew. Half of all names never occur in that.
+table that one forward pass makes of each fact; in every step the answers are drawn anew. Half of all names never occur
+in that.
 
-The test writes facts of those names into a table on disk, each by one forward pass, and asks for them after other words; then
-replaces and deletes them, half at a time. A row's number is the share of questions whose likeliest token is not the
-answer; that of text without facts is what the written table adds to the frozen model's loss, 1 % being 0.01 nats a token.
+The test writes facts of those names into a table on disk, each by one forward pass, and asks for them after other
+words; then replaces and deletes them, half at a time. A row's number is the share of questions whose likeliest token is
+not the answer; that of text without facts is what the written table adds to the frozen model's loss, 1 % being 0.01
+nats a token.
 
 Negative controls: values that stand beside other keys, rolled by one row or dealt out anew, and a reader that was
 trained on such a table. “At chance” means at most 5 points better than without rows.

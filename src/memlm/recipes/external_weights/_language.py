@@ -1,4 +1,4 @@
-"""A language of two kinds of text: facts "name name answer", other in every document, and sentences of a Markov chain."""
+"""A language of two kinds of text: facts "name name answer", other in each document, sentences of a Markov chain."""
 
 from __future__ import annotations
 

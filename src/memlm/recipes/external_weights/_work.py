@@ -1,4 +1,4 @@
-"""The work on one arm: train the model, freeze it, train the reader on half of the names, write and ask the other half."""
+"""The work on one arm: train the model, freeze it, train the reader on half of the names, ask the others."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _model(task: Task, language: Language) -> Any:
 
 
 def _episodes(language: Language, sizes: Sizes, misled: bool) -> Iterator[tuple[list[Asked], Tensor]]:
-    """Yield facts of known names with answers drawn anew, and text; where misled, another fact is written than asked."""
+    """Yield facts of known names with answers drawn anew, and text; where misled, another is written than asked."""
     while True:
         keys = language.generator.choice(language.known, size=min(sizes.facts, len(language.known)), replace=False)
         told = np.roll(keys, 1) if misled else keys
