@@ -118,7 +118,8 @@ class RowReader(nn.Module):
         if made_by != self.fingerprint():
             raise DatastoreMismatch(
                 f"the rows of {bank.folder} are those of reader {str(made_by)[:12]}, this one is "
-                f"{self.fingerprint()[:12]}: load the reader that was saved for them, or create a table for this one and write the facts again"
+                f"{self.fingerprint()[:12]}: load the reader that was "
+                "saved for them, or create a table for this one and write the facts again"
             )
 
     def fingerprint(self) -> str:

@@ -32,6 +32,7 @@ def row_adam(
         epsilon: Keeps the quotient finite.
 
     Example:
+        >>> import torch
         >>> zero = torch.zeros(1)
         >>> row_adam(torch.ones(1, 2), torch.ones(1, 2), torch.zeros(1, 2), zero, zero, 0.1)[0]
         tensor([[0.9000, 0.9000]])
