@@ -1,10 +1,12 @@
 """Trained rows: the numbers of a table in memory, only what is touched is read, and a kill loses nothing."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -369,3 +371,8 @@ def test_what_does_not_fit(tmp_path):
         other.config.hidden_size = 16
         with pytest.raises(DatastoreMismatch, match="of width 16"):
             add_trained_rows(other, 0, bank)
+
+
+def test_the_page_runs():
+    page = (Path(__file__).parent.parent / "docs" / "external-weights.md").read_text()
+    exec(compile(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], "docs/external-weights.md", "exec"), {})
