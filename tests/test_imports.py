@@ -24,6 +24,7 @@ ALLOWED = {
     "index": EVERYWHERE | {"neighbors", "datastore"},
     "datastore": EVERYWHERE | {"neighbors", "documents", "index"},
     "models": EVERYWHERE | {"cache", "documents", "ops"},
+    "layers": EVERYWHERE - {"evidence"} | {"ops", "models"},
 }
 
 
@@ -112,7 +113,7 @@ def test_the_public_names_are_sorted_and_resolve():
         memlm.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("part", ["datastore", "evaluation", "index", "mixtures", "models", "ops", "training"])
+@pytest.mark.parametrize("part", ["datastore", "evaluation", "index", "layers", "mixtures", "models", "ops", "training"])
 def test_the_names_of_a_part_resolve(part):
     module = import_module(f"memlm.{part}")
     assert len(set(module.__all__)) == len(module.__all__)

@@ -9,10 +9,15 @@ from ._knn import aggregate_by_token as aggregate_by_token
 from ._knn import knn_log_probs as knn_log_probs
 from ._knn import knn_log_weights as knn_log_weights
 from ._knn import knn_target_log_probs as knn_target_log_probs
+from ._product_keys import product_key_top_k as product_key_top_k
+from ._product_keys import read_slots as read_slots
 from ._shared_softmax import capped as capped
 from ._shared_softmax import scaled_similarities as scaled_similarities
 from ._shared_softmax import second_interpolation as second_interpolation
 from ._shared_softmax import shared_softmax_weights as shared_softmax_weights
+from ._slot_usage import slot_tf_idf as slot_tf_idf
+from ._slot_usage import usage_divergence as usage_divergence
+from ._slot_usage import usage_share as usage_share
 from ._trime import similarities as similarities
 from ._trime import trime_distribution as trime_distribution
 from ._trime import trime_log_probs as trime_log_probs
@@ -35,11 +40,16 @@ __all__ = [
     "knn_log_weights",
     "knn_target_log_probs",
     "logistic_weight",
+    "product_key_top_k",
+    "read_slots",
     "scaled_similarities",
     "second_interpolation",
     "shared_softmax_weight",
     "shared_softmax_weights",
     "similarities",
+    "slot_tf_idf",
     "trime_distribution",
     "trime_log_probs",
+    "usage_divergence",
+    "usage_share",
 ]
