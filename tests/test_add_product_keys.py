@@ -215,7 +215,7 @@ def test_what_cannot_be_loaded(tmp_path):
 
 def gradients(model, checkpointing=False):
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     model.train()
     model(IDS, labels=IDS).loss.backward()
     return {
@@ -255,9 +255,9 @@ def test_it_learns_a_text(placement):
     add_product_keys(model, [1], SETTINGS, placement=placement)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("product_keys" in name)
-    optimizers = product_key_optimizers(model, learning_rate=0.01, value_learning_rate=0.05)
+    optimizers = product_key_optimizers(model, learning_rate=0.01, value_learning_rate=0.2)
     losses = []
-    for _ in range(30):
+    for _ in range(40):
         loss = model(IDS, labels=IDS).loss
         loss.backward()
         for optimizer in optimizers:
@@ -338,8 +338,8 @@ def test_new_text_is_learned_and_text_that_reads_other_slots_stays_bit_for_bit(g
 
     def learn():
         losses = []
-        for optimizer in product_key_optimizers(model, learning_rate=0.1, value_learning_rate=0.1)[-1:]:
-            for _ in range(15):
+        for optimizer in product_key_optimizers(model, learning_rate=0.1, value_learning_rate=0.5)[-1:]:
+            for _ in range(20):
                 loss = model(new, labels=new).loss
                 loss.backward()
                 optimizer.step()
@@ -349,6 +349,7 @@ def test_new_text_is_learned_and_text_that_reads_other_slots_stays_bit_for_bit(g
 
     with training_slots_only(model, slots):
         losses = learn()
+    print(losses)
     assert losses[-1] < 0.7 * losses[0]
     assert not torch.allclose(logits(model, new), first, atol=1e-2)
     assert all(torch.equal(logits(model, other), mine) for other, mine in zip(apart, before, strict=True))
