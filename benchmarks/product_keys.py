@@ -138,7 +138,11 @@ def new_model(arm: Arm, seed: int) -> LlamaForCausalLM:
     if arm.memory is not None:
         narrow = narrowed(arm.memory)
         mlp = model.model.layers[arm.layer].mlp
-        for name, (wide, out) in {"gate_proj": (WIDTH, narrow), "up_proj": (WIDTH, narrow), "down_proj": (narrow, WIDTH)}.items():
+        for name, (wide, out) in {
+            "gate_proj": (WIDTH, narrow),
+            "up_proj": (WIDTH, narrow),
+            "down_proj": (narrow, WIDTH),
+        }.items():
             setattr(mlp, name, torch.nn.Linear(wide, out, bias=False))
             torch.nn.init.normal_(getattr(mlp, name).weight, std=config.initializer_range)
         add_product_keys(model, [arm.layer], arm.memory)
@@ -172,10 +176,14 @@ def run(arm: Arm, seed: int, text: dict[str, Tensor], split: str) -> dict[str, A
     model, facts = new_model(arm, seed), fact_sentences(text, seed)
     rate = {"learning_rate": arm.rate, "betas": (0.9, 0.98)}
     if arm.memory is None:
-        optimizers: list[Any] = [torch.optim.AdamW(model.parameters(), lr=arm.rate, betas=(0.9, 0.98), weight_decay=0.0)]
+        optimizers: list[Any] = [
+            torch.optim.AdamW(model.parameters(), lr=arm.rate, betas=(0.9, 0.98), weight_decay=0.0)
+        ]
     else:
         optimizers = product_key_optimizers(model, value_learning_rate=arm.value_rate, **rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizers[0], lambda step: min(1, (step + 1) / 40, 1.6 * (1 - step / arm.steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizers[0], lambda step: min(1, (step + 1) / 40, 1.6 * (1 - step / arm.steps))
+    )
     tables = {id(memory.values) for memory in product_key_memories(model).values()}
     rest = [item for item in model.parameters() if id(item) not in tables]
     generator = torch.Generator().manual_seed(seed)
@@ -191,7 +199,10 @@ def run(arm: Arm, seed: int, text: dict[str, Tensor], split: str) -> dict[str, A
         schedule.step()
         losses.append(float(loss.detach()))
         if step % 50 == 49:
-            print(f"{step + 1}: {np.mean(losses[-50:]):.3f}, {(time.perf_counter() - started) / (step + 1):.2f} s/step", flush=True)
+            print(
+                f"{step + 1}: {np.mean(losses[-50:]):.3f}, {(time.perf_counter() - started) / (step + 1):.2f} s/step",
+                flush=True,
+            )
     seconds = time.perf_counter() - started
     found = measure(model.eval(), text, facts, split)
     print(json.dumps(found), flush=True)

@@ -113,7 +113,9 @@ def test_the_public_names_are_sorted_and_resolve():
         memlm.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("part", ["datastore", "evaluation", "index", "layers", "mixtures", "models", "ops", "training"])
+@pytest.mark.parametrize(
+    "part", ["datastore", "evaluation", "index", "layers", "mixtures", "models", "ops", "training"]
+)
 def test_the_names_of_a_part_resolve(part):
     module = import_module(f"memlm.{part}")
     assert len(set(module.__all__)) == len(module.__all__)

@@ -6,9 +6,10 @@ import difflib
 
 from ..errors import ConfigError
 from ._experiment import Experiment
+from .product_keys_small import EXPERIMENT as PRODUCT_KEYS_SMALL
 from .trime_small import EXPERIMENT as TRIME_SMALL
 
-_ALL = {experiment.name: experiment for experiment in (TRIME_SMALL,)}
+_ALL = {experiment.name: experiment for experiment in (PRODUCT_KEYS_SMALL, TRIME_SMALL)}
 
 
 def experiments() -> tuple[Experiment, ...]:
