@@ -32,7 +32,6 @@ from memlm.layers import (
     product_key_memories,
     product_key_optimizers,
 )
-from memlm.recipes._claims import t_interval
 from memlm.training import ModelShape
 from memlm.training._scratch import train_tokenizer
 

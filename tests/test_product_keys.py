@@ -21,8 +21,8 @@ from memlm.layers import (
     training_slots_only,
 )
 from memlm.layers import _product_keys as module
-from memlm.ops import product_key_top_k, read_slots, slot_tf_idf, usage_divergence, usage_share
 from memlm.ops import _product_keys as ops
+from memlm.ops import product_key_top_k, read_slots, slot_tf_idf, usage_divergence, usage_share
 
 SMALL = ProductKeySettings(sub_keys=6, heads=3, k=5, key_width=8)
 

@@ -1,4 +1,4 @@
-"""The recipe product-keys-small: its facts, its arms, its controls, and the whole of it at a size that takes seconds."""
+"""The recipe product-keys-small: its facts, its arms, its controls, and all of it at a size that takes seconds."""
 
 import dataclasses
 import json

@@ -91,7 +91,7 @@ def training_slots_only(model: nn.Module, slots: Mapping[str, Tensor]) -> Iterat
         if path not in memories:
             raise ConfigError(f"there is no memory of product keys at {path!r}; expected one of {', '.join(memories)}")
         size = memories[path].settings.slots
-        if chosen.numel() and not (0 <= int(chosen.min()) and int(chosen.max()) < size):
+        if chosen.numel() and (int(chosen.min()) < 0 or int(chosen.max()) >= size):
             raise ConfigError(f"slots of {path} reach from {chosen.min()} to {chosen.max()}; expected 0 to {size - 1}")
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     handles = []
@@ -117,6 +117,4 @@ def _rows(gradient: Tensor, allowed: Tensor) -> Tensor:
     gradient = gradient.coalesce()
     rows, values = gradient.indices(), gradient.values()
     kept = allowed[rows[0]]
-    return torch.sparse_coo_tensor(
-        rows[:, kept], values[kept], gradient.shape, is_coalesced=True, check_invariants=False
-    )
+    return torch.sparse_coo_tensor(rows[:, kept], values[kept], gradient.shape, is_coalesced=True)

@@ -26,7 +26,7 @@ memory's table alone: all of it, the slots that the new facts read more than the
 arXiv:2510.15103), or as many slots at random. How many old facts are then answered wrong is what was forgotten. The
 learning rates were chosen on the facts of a seed that is not among these.
 
-Negative controls: the trained table rolled by one slot, so that every key has its neighbor's value; and slots at random.
+Negative controls: the trained table rolled by one slot, so that every key has its neighbor's value; slots at random.
 
 A claim holds where its difference and both 95 % intervals lie beyond what is claimed: Student's t over seeds (other
 facts and another start) and a bootstrap of the seeds' mean over groups of facts.
@@ -70,7 +70,7 @@ def _claims() -> tuple[Claim, ...]:
             by=-0.01,
         ),
         Claim(
-            text="Old facts are forgotten less in slots by TF-IDF than in all parameters, by at least a twentieth of them",
+            text="Old facts are forgotten less in slots by TF-IDF than in all parameters, by a twentieth of them",
             lower=Place(keys, forgotten[rows.CHOSEN]),
             higher=Place(keys, forgotten[rows.ALL]),
             by=0.05,
