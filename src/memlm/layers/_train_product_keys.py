@@ -117,4 +117,5 @@ def _rows(gradient: Tensor, allowed: Tensor) -> Tensor:
     gradient = gradient.coalesce()
     rows, values = gradient.indices(), gradient.values()
     kept = allowed[rows[0]]
-    return torch.sparse_coo_tensor(rows[:, kept], values[kept], gradient.shape, is_coalesced=True)
+    kept_rows, kept_values = rows[:, kept], values[kept]
+    return torch.sparse_coo_tensor(kept_rows, kept_values, gradient.shape, is_coalesced=True, check_invariants=False)
