@@ -32,6 +32,7 @@ from memlm.layers import (
     product_key_memories,
     product_key_optimizers,
 )
+from memlm.recipes._claims import t_interval
 from memlm.training import ModelShape
 from memlm.training._scratch import train_tokenizer
 
@@ -39,7 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 CORPORA = ("wikitext2", "novels")
 DOCUMENTS = {"wikitext2": 10_000, "novels": 40}  # of train, at most
 VOCABULARY, WIDTH, FEED_FORWARD, LAYERS, LENGTH = 2048, 128, 384, 3, 128
-ROWS, FACT_ROWS = 16, 2  # rows a step; of these, rows of facts; half of the rest is WikiText-2
+ROWS, FACT_ROWS = 16, 4  # rows a step; of these, rows of facts; half of the rest is WikiText-2
 FACTS, WORDS = 1024, 192  # facts; words that they are made of
 HELD_OUT = 160_000  # tokens of valid and of test
 
@@ -96,7 +97,6 @@ def prepare(data: Path, runs: Path) -> dict[str, Tensor]:
             documents = list(islice(Corpus([name]), DOCUMENTS[corpus]))
             ids = tokenizer([item.text for item in documents])["input_ids"]
             arrays[f"{corpus}.{split}"] = np.concatenate([np.array(row, dtype=np.uint16) for row in ids])
-            arrays[f"{corpus}.{split}.words"] = np.array(sum(len(item.text.split()) for item in documents))
         counts = np.bincount(arrays["wikitext2.train"], minlength=VOCABULARY)
         pieces = tokenizer.convert_ids_to_tokens(list(range(VOCABULARY)))
         whole = [n for n, piece in enumerate(pieces) if piece[0] == "Ġ" and piece[1:].isalpha() and len(piece) > 4]
@@ -244,9 +244,9 @@ def measure(model: Any, text: dict[str, Tensor], facts: Tensor, split: str) -> d
             nats(model, text["wikitext2.valid"])
         found |= {"usage": usages[path].share, "divergence": usages[path].divergence}
         values = memory.values.data
-        memory.values.data = values.roll(1, dims=0)
-        found |= {f"{name}, rolled": value for name, value in recall(model, facts).items()}
-        found["wikitext2.valid, rolled"] = nats(model, text["wikitext2.valid"])
+        memory.values.data = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))]
+        found |= {f"{name}, shuffled": value for name, value in recall(model, facts).items()}
+        found["wikitext2.valid, shuffled"] = nats(model, text["wikitext2.valid"])
         memory.values.data = values
     return found
 
@@ -266,7 +266,91 @@ def recall(model: Any, facts: Tensor) -> dict[str, float]:
 
 
 def write_table(runs: Path) -> None:
-    raise NotImplementedError
+    """Write the JSON of all runs and the table with intervals over seeds."""
+    found = [
+        json.loads(path.read_text()) | {"arm": path.stem.rpartition("-")[0]}
+        for path in sorted((runs / "measured").iterdir())
+    ]
+    write_json(RESULTS / "product_keys.json", found)
+    arms = {name: [run for run in found if run["arm"] == name] for name in ARMS}
+    first = {name: rows[0] for name, rows in arms.items()}
+    tokens = first["dense"]["steps"] * ROWS * (LENGTH - 1)
+    seeds = len(arms["dense"])
+    memory = MEMORY
+    lines = [
+        "# Product keys at equal training FLOPs and tokens",
+        "",
+        TEXT.format(
+            tokens=tokens,
+            share=FACT_ROWS / ROWS,
+            shown=first["dense"]["steps"] * FACT_ROWS * (LENGTH / 7) / FACTS,
+            seeds=seeds,
+            narrow=narrowed(memory),
+            slots=memory.slots,
+            **globals(),
+        ).strip(),
+        "",
+        "| | " + " | ".join(arms) + " | change, 95 % interval over seeds |",
+        "|---" + "|---:" * (len(arms) + 1) + "|",
+    ]
+    for title, name, show, change in ROWS_OF_TABLE:
+        cells = []
+        for rows in arms.values():
+            values = [run[name] for run in rows if name in run]
+            cells.append(show(float(np.mean(values))) if values else "")
+        pairs = [(a[name], b[name]) for a, b in zip(*arms.values(), strict=True) if name in a and name in b]
+        cells.append(interval([b - a for a, b in pairs], change) if change and pairs else "")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    if TUNED:
+        lines += ["", TUNED.strip()]
+    (RESULTS / "product_keys.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def interval(differences: list[float], show: Any) -> str:
+    found = t_interval(np.array(differences))
+    mean = show(float(np.mean(differences)))
+    return mean if found is None else f"{mean} ({show(found.low)} to {show(found.high)})"
+
+
+def percent(difference: float) -> str:
+    return f"{100 * math.expm1(difference):+.1f} %"
+
+
+def points(difference: float) -> str:
+    return f"{100 * difference:+.1f} points"
+
+
+def perplexity(nats: float) -> str:
+    return f"{math.exp(nats):.2f}"
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+ROWS_OF_TABLE = (
+    ("WikiText-2 test, perplexity a token", "wikitext2.test", perplexity, percent),
+    ("WikiText-2 valid, perplexity a token", "wikitext2.valid", perplexity, percent),
+    ("novels test, perplexity a token", "novels.test", perplexity, percent),
+    ("facts recalled", "facts", share, points),
+    ("nats of a fact's answer", "fact nats", "{:.3f}".format, "{:+.3f}".format),
+    ("control: facts recalled, table shuffled", "facts, shuffled", share, None),
+    ("control: WikiText-2 valid, table shuffled", "wikitext2.valid, shuffled", perplexity, None),
+    ("slots read on WikiText-2 valid", "usage", share, None),
+    ("KL of the slots' weights to even ones, nats", "divergence", "{:.2f}".format, None),
+    ("training FLOPs a token", "flops_a_token", whole, None),
+    ("parameters", "parameters", whole, None),
+    ("seconds of training (2 cores, shared)", "training_seconds", whole, None),
+)
+TEXT = """
+"""
+TUNED = """
+"""
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -355,3 +357,16 @@ def test_new_text_is_learned_and_text_that_reads_other_slots_stays_bit_for_bit(g
     assert all(torch.equal(logits(model, other), mine) for other, mine in zip(apart, before, strict=True))
     learn()  # control: without the mask other text changes
     assert not all(torch.equal(logits(model, other), mine) for other, mine in zip(apart, before, strict=True))
+
+
+def test_the_examples_of_the_page_run_as_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "product-keys.md").read_text()
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    again = AutoModelForCausalLM.from_pretrained("model")
+    load_product_keys(again, "model")
+    assert next(iter(product_key_memories(again).values())).settings == names["settings"]
+    assert sum(map(len, names["slots"].values())) > 0
+    assert [type(item).__name__ for item in names["optimizers"]] == ["SparseAdam"]
