@@ -41,7 +41,7 @@ CORPORA = ("wikitext2", "novels")
 DOCUMENTS = {"wikitext2": 10_000, "novels": 40}  # of train, at most
 VOCABULARY, WIDTH, FEED_FORWARD, LAYERS, LENGTH = 2048, 128, 384, 3, 128
 ROWS, FACT_ROWS = 16, 4  # rows a step; of these, rows of facts; half of the rest is WikiText-2
-FACTS, WORDS = 1024, 192  # facts; words that they are made of
+FACTS, WORDS = 512, 192  # facts; words that they are made of
 HELD_OUT = 160_000  # tokens of valid and of test
 
 
@@ -56,7 +56,7 @@ class Arm:
     rate: float = 3e-3
 
 
-MEMORY = ProductKeySettings(sub_keys=128, heads=4, k=8, key_width=64, value_gradient="dense")
+MEMORY = ProductKeySettings(sub_keys=128, heads=4, k=8, key_width=64, query_normalization="batch", value_gradient="dense")
 ARMS = {"dense": Arm(), "product-keys": Arm(MEMORY)}
 
 
@@ -129,6 +129,7 @@ def new_model(arm: Arm, seed: int) -> LlamaForCausalLM:
         num_key_value_heads=4,
         max_position_embeddings=LENGTH,
         tie_word_embeddings=True,
+        mlp_bias=True,  # a table can always learn a bias: the model without one has to have it, too
         bos_token_id=0,
         eos_token_id=0,
         use_cache=False,
@@ -142,7 +143,7 @@ def new_model(arm: Arm, seed: int) -> LlamaForCausalLM:
             "up_proj": (WIDTH, narrow),
             "down_proj": (narrow, WIDTH),
         }.items():
-            setattr(mlp, name, torch.nn.Linear(wide, out, bias=False))
+            setattr(mlp, name, torch.nn.Linear(wide, out))
             torch.nn.init.normal_(getattr(mlp, name).weight, std=config.initializer_range)
         add_product_keys(model, [arm.layer], arm.memory)
     return model
