@@ -143,8 +143,10 @@ def new_model(arm: Arm, seed: int) -> LlamaForCausalLM:
             "up_proj": (WIDTH, narrow),
             "down_proj": (narrow, WIDTH),
         }.items():
-            setattr(mlp, name, torch.nn.Linear(wide, out))
-            torch.nn.init.normal_(getattr(mlp, name).weight, std=config.initializer_range)
+            linear = torch.nn.Linear(wide, out)
+            torch.nn.init.normal_(linear.weight, std=config.initializer_range)
+            torch.nn.init.zeros_(linear.bias)
+            setattr(mlp, name, linear)
         add_product_keys(model, [arm.layer], arm.memory)
     return model
 
