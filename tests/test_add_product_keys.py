@@ -292,6 +292,11 @@ def test_padding_is_not_counted(family):
     assert torch.equal(masked.reads, plain.reads)
     assert torch.allclose(masked.weights, plain.weights, atol=1e-4)
     assert int(unmasked.reads.sum()) == 2 * 17 * 8  # the check can fail
+    if family == "llama":
+        with count_slot_usage(model) as positional:
+            logits_of = model(padded, mask).logits  # not by name
+        assert logits_of.requires_grad
+        assert int(next(iter(positional.values())).reads.sum()) == 2 * 12 * 8
     assert 0 < plain.share <= 1
     assert plain.divergence > 0
 

@@ -268,6 +268,16 @@ def test_dense_gradients_take_the_ordinary_adam():
     assert kinds == ["AdamW", "Adam"]
 
 
+def test_tables_of_both_kinds_get_an_optimizer_each():
+    model = torch.nn.Sequential(memory_of("dense"), memory_of("sparse"))
+    optimizers = product_key_optimizers(model, learning_rate=0.01)
+    assert [type(item).__name__ for item in optimizers] == ["AdamW", "SparseAdam", "Adam"]
+    assert optimizers[1].param_groups[0]["params"] == [model[1].values]
+    model(drawn(0, 4, 10).float()).square().sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
 def test_the_groups_hold_every_parameter_once():
     model = torch.nn.Sequential(torch.nn.Linear(10, 10), memory_of("dense"))
     model[0].bias.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,7 +82,7 @@ def count_slot_usage(model: nn.Module) -> Iterator[dict[str, SlotUsage]]:
     mask: list[Tensor | None] = [None]
 
     def note_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = kwargs.get("attention_mask")
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
         mask[0] = given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
 
     def count(path: str, slots: Tensor, weights: Tensor) -> None:

@@ -62,13 +62,15 @@ def product_key_optimizers(
     rest, tables = product_key_groups(
         model, learning_rate=learning_rate, value_learning_rate=value_learning_rate, weight_decay=weight_decay
     )
-    sparse = {memory.settings.value_gradient for memory in product_key_memories(model).values()} == {"sparse"}
+    memories = product_key_memories(model).values()
+    sparse = {id(memory.values) for memory in memories if memory.settings.value_gradient == "sparse"}
     optimizers: list[torch.optim.Optimizer] = []
     if rest["params"]:
         optimizers.append(torch.optim.AdamW([rest], betas=betas))
-    if tables["params"]:
-        kind = torch.optim.SparseAdam if sparse else torch.optim.Adam
-        optimizers.append(kind(tables["params"], lr=value_learning_rate, betas=betas))
+    if of_sparse := [item for item in tables["params"] if id(item) in sparse]:
+        optimizers.append(torch.optim.SparseAdam(of_sparse, lr=value_learning_rate, betas=betas))
+    if of_dense := [item for item in tables["params"] if id(item) not in sparse]:
+        optimizers.append(torch.optim.Adam(of_dense, lr=value_learning_rate, betas=betas))
     return optimizers
 
 
@@ -77,7 +79,8 @@ def training_slots_only(model: nn.Module, slots: Mapping[str, Tensor]) -> Iterat
     """Let nothing be trained inside the block but chosen rows of the tables (Lin et al. 2025, arXiv:2510.15103).
 
     Whatever text reads none of these rows comes out exactly as before. Take a new optimizer without weight decay, made
-    inside the block: momentum from before would move other rows.
+    inside the block: momentum from before would move other rows. Queries that are normalized over the batch want the
+    model in eval mode, in which their statistics stay.
 
     Args:
         model: With memories of product keys.
