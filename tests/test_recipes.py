@@ -218,8 +218,7 @@ def test_recipes_are_found_by_name():
     assert find_experiment("trime-small").name == "trime-small"
     with pytest.raises(ConfigError, match="there is no recipe 'trime-smal'; did you mean trime-small"):
         find_experiment("trime-smal")
-    every = "external-weights, memorizing-small, trime-small"
-    with pytest.raises(ConfigError, match=f"there is no recipe 'x'; expected one of {every}"):
+    with pytest.raises(ConfigError, match=r"there is no recipe 'x'; expected one of .*trime-small"):
         find_experiment("x")
 
 

@@ -27,6 +27,9 @@ from ._shared_softmax import capped as capped
 from ._shared_softmax import scaled_similarities as scaled_similarities
 from ._shared_softmax import second_interpolation as second_interpolation
 from ._shared_softmax import shared_softmax_weights as shared_softmax_weights
+from ._slot_usage import slot_tf_idf as slot_tf_idf
+from ._slot_usage import usage_divergence as usage_divergence
+from ._slot_usage import usage_share as usage_share
 from ._top_k_attention import top_k_attention as top_k_attention
 from ._top_k_feed_forward import top_k_feed_forward as top_k_feed_forward
 from ._trime import similarities as similarities
@@ -70,8 +73,11 @@ __all__ = [
     "shared_softmax_weight",
     "shared_softmax_weights",
     "similarities",
+    "slot_tf_idf",
     "top_k_attention",
     "top_k_feed_forward",
     "trime_distribution",
     "trime_log_probs",
+    "usage_divergence",
+    "usage_share",
 ]

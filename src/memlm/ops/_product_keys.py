@@ -1,8 +1,8 @@
 """Product keys: the exact top k among n² keys from 2 n scores (Lample et al. 2019, arXiv:1907.05242, section 3.2).
 
-The keys are all pairs of a sub-key from a first and one from a second set, so that q · (c, c') = q₁ · c + q₂ · c'. A
-pair whose halves rank i-th and j-th (from 1) is no better than the i j − 1 other pairs of halves that rank at least as
-high: the k best pairs are among those with i j ≤ k.
+The keys are all pairs of a sub-key from a first and one from a second set, so that q · (c, c') = q₁ · c + q₂ · c'.
+A pair whose halves rank i-th and j-th (from 1) is no better than the i j − 1 other pairs of halves that rank as high or
+higher: of the k² pairs of the k best halves, only those with i j ≤ k can be among the k best.
 """
 
 from __future__ import annotations

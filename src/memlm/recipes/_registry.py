@@ -8,9 +8,11 @@ from ..errors import ConfigError
 from ._experiment import Experiment
 from .external_weights import EXPERIMENT as EXTERNAL_WEIGHTS
 from .memorizing_small import EXPERIMENT as MEMORIZING_SMALL
+from .product_keys_small import EXPERIMENT as PRODUCT_KEYS_SMALL
 from .trime_small import EXPERIMENT as TRIME_SMALL
 
-_ALL = {experiment.name: experiment for experiment in (EXTERNAL_WEIGHTS, MEMORIZING_SMALL, TRIME_SMALL)}
+_EXPERIMENTS = (EXTERNAL_WEIGHTS, MEMORIZING_SMALL, PRODUCT_KEYS_SMALL, TRIME_SMALL)
+_ALL = {experiment.name: experiment for experiment in _EXPERIMENTS}
 
 
 def experiments() -> tuple[Experiment, ...]:
