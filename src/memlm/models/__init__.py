@@ -4,6 +4,7 @@ from ._attach import attach as attach
 from ._black_box import BlackBox as BlackBox
 from ._capture import forward_to_site as forward_to_site
 from ._capture import forward_with_keys as forward_with_keys
+from ._carried import CarriedCache as CarriedCache
 from ._language_model import LanguageModel as LanguageModel
 from ._language_model import ScoredBatch as ScoredBatch
 from ._language_model import Scorer as Scorer
@@ -18,6 +19,7 @@ from ._sites import find_key_site as find_key_site
 
 __all__ = [
     "BlackBox",
+    "CarriedCache",
     "DecoderLayer",
     "KeySite",
     "LanguageModel",
