@@ -397,7 +397,7 @@ def test_a_folder_that_cannot_be_written_is_read(memory):
         assert content(reader) == content(memory)
         assert_finds(reader)
         assert verify(memory.path) == []
-        with pytest.raises(DatastoreError, match="cannot be written to .*; copy it to a place that can"):
+        with pytest.raises(DatastoreError, match=r"cannot be written to .*; copy it to a place that can"):
             reader.remove("d1")
     finally:
         if os.geteuid() == 0:
