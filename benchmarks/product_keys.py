@@ -60,9 +60,11 @@ MEMORY = ProductKeySettings(
     sub_keys=128, heads=4, k=8, key_width=64, query_normalization="batch", value_gradient="dense"
 )
 ARMS = {"dense": Arm(), "product-keys": Arm(MEMORY)}
+ONE_SLOT = ProductKeySettings(sub_keys=1, k=1, key_width=64, query_normalization="batch", value_gradient="dense")
 TUNING = {
     "dense": Arm(),
     "dense, half the learning rate": Arm(rate=1.5e-3),
+    "control: a memory of one slot": Arm(ONE_SLOT),
     "product-keys": Arm(MEMORY),
     "product-keys in the layer before": Arm(MEMORY, layer=1),
 }
@@ -152,7 +154,7 @@ def new_model(arm: Arm, seed: int) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config)
     if arm.memory is not None:
-        narrow = narrowed(arm.memory)
+        narrow = narrowed(MEMORY)
         mlp = model.model.layers[arm.layer].mlp
         for name, (wide, out) in {
             "gate_proj": (WIDTH, narrow),
@@ -185,7 +187,7 @@ def multiplications(arm: Arm) -> int:
     attention = 4 * WIDTH * WIDTH + WIDTH * LENGTH  # of half the positions, for scores and for values
     total = LAYERS * (attention + 3 * WIDTH * FEED_FORWARD) + WIDTH * VOCABULARY
     if arm.memory is not None:
-        total += memory_multiplications(arm.memory) - 3 * WIDTH * (FEED_FORWARD - narrowed(arm.memory))
+        total += memory_multiplications(arm.memory) - 3 * WIDTH * (FEED_FORWARD - narrowed(MEMORY))
     return total
 
 
@@ -263,7 +265,8 @@ def measure(model: Any, text: dict[str, Tensor], facts: Tensor, split: str) -> d
             nats(model, text["wikitext2.valid"])
         found |= {"usage": usages[path].share, "divergence": usages[path].divergence}
         values = memory.values.data
-        memory.values.data = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))]
+        order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+        memory.values.data = values[order]
         found |= {f"{name}, shuffled": value for name, value in recall(model, facts).items()}
         found["wikitext2.valid, shuffled"] = nats(model, text["wikitext2.valid"])
         memory.values.data = values
@@ -301,7 +304,7 @@ def write_table(runs: Path) -> None:
         "",
         TEXT.format(
             tokens=tokens,
-            share=FACT_ROWS / ROWS,
+            facts=FACT_ROWS / ROWS,
             shown=first["dense"]["steps"] * FACT_ROWS * (LENGTH / 7) / FACTS,
             seeds=seeds,
             narrow=narrowed(memory),
@@ -381,7 +384,7 @@ ROWS_OF_TABLE = (
 )
 TEXT = """
 Two Llamas of {LAYERS} layers, {WIDTH} wide, {LENGTH} tokens of context, a tokenizer of {VOCABULARY:,} tokens, {seeds} seeds each, on the same
-{tokens:,} tokens in the same order: half WikiText-2, half novels, and {share:.0%} of the rows are facts, “ the A of B is C .” with
+{tokens:,} tokens in the same order: half WikiText-2, half novels, and {facts:.0%} of the rows are facts, “ the A of B is C .” with
 words at random, {FACTS} of them, each seen about {shown:.0f} times. One has product keys beside the feed-forward of its last
 layer: {slots:,} slots, {heads} heads of {k}. That feed-forward is {narrow} instead of {FEED_FORWARD} wide, which pays for the memory.
 
