@@ -21,6 +21,7 @@ from memlm.datastore import verify
 from memlm.errors import MemlmError
 
 MANY = "MEMLM_KILLS" in os.environ
+pytestmark = pytest.mark.timeout(1200)
 QUERIES = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
 
 

@@ -132,9 +132,9 @@ class Life(RuleBasedStateMachine):
 
 many = "MEMLM_KILLS" in os.environ
 Life.TestCase.settings = settings(
-    max_examples=150 if many else 12,
+    max_examples=100 if many else 12,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-TestLife = Life.TestCase
+TestLife = pytest.mark.timeout(1200)(Life.TestCase)

@@ -52,9 +52,13 @@ def test_the_loops_run_as_they_are_written(tmp_path, monkeypatch, tiny_lm):
     before = lm.model.get_input_embeddings().weight.clone()
     optimizer = torch.optim.AdamW(lm.model.parameters(), lr=1e-3)
     names = {"lm": lm, "memlm": memlm, "torch": torch, "optimizer": optimizer, "TrainingArguments": TrainingArguments}
-    loop, trainer = example("python")
+    loop, trainer, carried = example("python")
     exec(compile(loop, "a loop of your own", "exec"), names)
     after = lm.model.get_input_embeddings().weight.clone()
     assert not after.equal(before)
     exec(compile(trainer, "the Trainer", "exec"), names)
     assert not lm.model.get_input_embeddings().weight.equal(after)
+    lm.model.eval()
+    names["documents"] = [torch.arange(1, 40).numpy()]
+    exec(compile(carried, "carried keys and values", "exec"), names)
+    assert names["logits"].isfinite().all()
