@@ -66,7 +66,7 @@ def measure(lm: Any, data: Path, corpus: str, scope: str) -> dict[str, Any]:
         result["width"], result["dtype"] = memory.width, memory.manifest.encoder["dtype"]
         if scope == "sample":
             result["exact"], result["controls"] = exact_and_controls(lm, memory, valid, test)
-        factory = auto_factory(len(memory), memory.width, memory.key_dtype)
+        factory = auto_factory(len(memory), memory.width, memory.keys.key_dtype)
         memory.build_index(factory if factory != "exact" else "IVF1024,SQfp16")
         index = memory.index.details
         cached = [gather(retrieve(lm, text, memory, [1024]), text.tokens) for text in (valid, test)]

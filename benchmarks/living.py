@@ -82,7 +82,7 @@ def main() -> None:
         timed(rounds, "forward pass", lambda: [0 for _ in lm.keys([lm.tokenize(document).ids])])
         timed(rounds, "add", lambda: memory.add(lm, [document]))
         first, stop = memory.document_range(document.text)
-        queries = memory.gather_keys(np.arange(first, stop)).float().numpy()
+        queries = memory.keys.gather_keys(np.arange(first, stop)).float().numpy()
         found = memory.search(queries, 8)
         assert np.isin(found.entries[:, 0], np.arange(first, stop)).mean() > 0.99
         timed(rounds, "remove", lambda: memory.remove("new"))

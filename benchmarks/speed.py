@@ -206,7 +206,7 @@ def query_recall(lm: LanguageModel, memory: Any, test: list[memlm.Document]) -> 
 
     keys = torch.cat([keys for _, keys in lm.keys(lm.tokenize(document).ids for document in test)])
     queries = keys[:: max(1, len(keys) // 500)].float().numpy()
-    return recall(memory.search(queries, K), ExactIndex(memory).search(queries, K, (0, 0)))
+    return recall(memory.search(queries, K), ExactIndex(memory.keys).search(queries, K, (0, 0)))
 
 
 def reference_straightforward() -> dict[str, Any]:

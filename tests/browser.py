@@ -89,8 +89,10 @@ class Browser:
     def receive(self):
         """Return the next answer or event."""
         deadline = time.monotonic() + _PATIENCE
+        poll = select.poll()  # unlike select(), of any number of a descriptor
+        poll.register(self._read, select.POLLIN)
         while b"\0" not in self._rest:
-            ready, _, _ = select.select([self._read], [], [], max(0.0, deadline - time.monotonic()))
+            ready = poll.poll(1000 * max(0.0, deadline - time.monotonic()))
             data = os.read(self._read, 1 << 20) if ready else b""
             assert data, f"Chromium said nothing for {_PATIENCE} s, or ended with {self._process.poll()}"
             self._rest += data

@@ -72,7 +72,7 @@ def test_a_damaged_index_or_one_of_another_datastore_is_refused(base, tmp_path):
     other = Datastore.build(FakeEncoder(), DOCUMENTS[:1], tmp_path / "other", index="Flat", show_progress=False)
     part = other.manifest.index
     with pytest.raises(IndexError_, match="it holds 131 keys of width 8"):
-        _faiss.FaissIndex(base, other.path / "index", replace(part, details={**part.details, "entries": 1572}))
+        _faiss.FaissIndex(base.keys, other.path / "index", replace(part, details={**part.details, "entries": 1572}))
 
 
 def test_recall_is_measured_and_kept(base, tmp_path):

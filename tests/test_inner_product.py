@@ -33,7 +33,7 @@ def memory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def keys(memory):
-    return memory.gather_keys(np.arange(len(memory))).double().numpy()
+    return memory.keys.gather_keys(np.arange(len(memory))).double().numpy()
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_an_index_of_another_metric_is_refused(memory, tmp_path):
     settings = {"index": "IVF8,Flat", "segment_entries": 500, "show_progress": False}
     by_distance = Datastore.build(FakeEncoder(), DOCUMENTS, tmp_path / "distances", **settings)
     with pytest.raises(IndexError_, match="does not search by inner_product; rebuild it"):
-        FaissIndex(memory, by_distance.path / "index", by_distance.manifest.index)
+        FaissIndex(memory.keys, by_distance.path / "index", by_distance.manifest.index)
 
 
 def test_a_factory_that_knows_no_inner_product_stops_the_build(tmp_path):
@@ -159,7 +159,7 @@ def test_distances_are_ranked_again_by_products(memory, keys, queries):
     """Proposals in a wrong order, with wrong distances."""
     everything = np.tile(np.arange(len(keys)), (len(queries), 1))
     proposals = _faiss.Neighbors.from_search(everything, np.zeros(everything.shape, np.float32))
-    found = _faiss.rerank(memory, queries, proposals, K)
+    found = _faiss.rerank(memory.keys, queries, proposals, K)
     products = queries.astype(np.float64) @ keys.T
     np.testing.assert_allclose(-found.distances, -np.sort(-products, axis=1)[:, :K], rtol=1e-5, atol=1e-5)
     true = np.take_along_axis(products, found.entries, axis=1)

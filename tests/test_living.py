@@ -1,5 +1,6 @@
 """A datastore that changes: adding, replacing, removing, merging, compacting, going back; deletion on every path."""
 
+import gc
 import math
 import os
 import shutil
@@ -426,3 +427,22 @@ def test_infinite_least_pointers_agree_with_search(memory):
     pointed = Pointers(memory, math.inf).lookup(queries, memory.values[:30].astype(np.int64), np.zeros(30, np.int64), 7)
     for one, other in zip(pointed.found[:3], memory.lookup(queries, 7)[:3], strict=True):
         np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
+@pytest.mark.parametrize("factory", ["exact", "IVF4,SQfp16"])
+def test_files_are_closed_when_nobody_holds_the_datastore(tmp_path, factory):
+    """Without the garbage collector: a process that opens many would run out of descriptors before it comes by."""
+    path = tmp_path / "memory"
+    Datastore.build(FakeEncoder(), random_documents(1, 40), path, index=factory, show_progress=False)
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        memory = Datastore(path)
+        memory.add(FakeEncoder(), [Document("new", "something else")])
+        memory.search(np.zeros((1, memory.width), np.float32), 3)
+        assert len(os.listdir("/proc/self/fd")) > before
+        del memory
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()

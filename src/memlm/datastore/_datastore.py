@@ -116,7 +116,7 @@ class Datastore(Version):
             if manifest != self.manifest:
                 self._show(manifest, verify=False)
             name = f"{manifest.version + 1:06d}"
-            part = build_index(self, self.path / "index", factory, name=name, show_progress=show_progress)
+            part = build_index(self.keys, self.path / "index", factory, name=name, show_progress=show_progress)
             corpus = {**manifest.corpus, "complete": True}
             if part is not None or manifest.index is not None or manifest.corpus != corpus:
                 manifest = manifest.following(f"index {factory}", index=part, corpus=corpus)
@@ -238,7 +238,7 @@ class Datastore(Version):
             factory = index or (before.details["factory"] if before else "auto")
             version = Version(self.path, draft, verify=False)
             name = f"{draft.version:06d}"
-            return build_index(version, self.path / "index", factory, name=name, show_progress=show_progress)
+            return build_index(version.keys, self.path / "index", factory, name=name, show_progress=show_progress)
 
         self.refresh()
         check_factory(index or "auto", self.width, self.metric)

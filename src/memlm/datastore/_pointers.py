@@ -179,7 +179,7 @@ def _distances(memory: Datastore, queries: Floats, rows: Ints, entries: Ints) ->
     result = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), _MEASURED_TOGETHER):
         part = slice(start, start + _MEASURED_TOGETHER)
-        keys = memory.gather_keys(entries[part]).float()
+        keys = memory.keys.gather_keys(entries[part]).float()
         asked = torch.from_numpy(queries[rows[part]])
         if memory.metric == INNER_PRODUCT:
             result[part] = -torch.einsum("nw,nw->n", keys, asked).numpy()

@@ -18,6 +18,7 @@ from ..evidence import Found
 from ..index import Index, open_index
 from ..neighbors import Neighbors
 from ..text import count
+from ._keys import StoredKeys
 from ._manifest import Manifest
 from ._part import Part
 from ._stored import Directory, Place, open_segments
@@ -58,7 +59,7 @@ class Version:
 
     Attributes:
         values: Token ids, shape (slots,).
-        live: Whether an entry is not deleted, shape (slots,); None where none is deleted.
+        keys: What the model saw at each entry.
         index: What searches.
 
     Raises:
@@ -84,21 +85,25 @@ class Version:
         self.__dict__.pop("last_of_document", None)
         try:
             self.manifest, self.values, self._segments = manifest, values, segments
-            self._starts = np.cumsum([0] + [segment.entries for segment in segments])  # first entry of each segment
             self._directory = Directory(segments, manifest)
-            self.live = self._live()
-            self.index: Index = open_index(self, self.path / "index", manifest.index, shown.get("index"), verify=verify)
+            width, dtype = manifest.keys["width"], manifest.keys["dtype"]
+            self.keys = StoredKeys(segments, self._find_live(), width, dtype, manifest.metric)
+            self._starts = self.keys.starts
+            before = shown.get("index")
+            self.index: Index = open_index(self.keys, self.path / "index", manifest.index, before, verify=verify)
         except BaseException:
             self.__dict__.clear()
             self.__dict__.update(shown)
             raise
 
-    def _live(self) -> npt.NDArray[np.bool_] | None:
+    def _find_live(self) -> npt.NDArray[np.bool_] | None:
         if self.manifest.slots == self.manifest.entries:
             return None
         live = np.ones(len(self.values), bool)
-        for start, segment, deleted in zip(self._starts, self._segments, self._directory.deleted, strict=False):
+        start = 0
+        for segment, deleted in zip(self._segments, self._directory.deleted, strict=True):
             live[start : start + segment.entries] = ~np.repeat(deleted, np.diff(segment.entry_starts))
+            start += segment.entries
         if live.sum() != self.manifest.entries:
             raise DatastoreCorrupt(f"{self.path} does not have as many deleted entries as its manifest says; roll back")
         return live
@@ -112,37 +117,19 @@ class Version:
         return len(self.values)
 
     @property
+    def live(self) -> npt.NDArray[np.bool_] | None:
+        """Whether an entry is not deleted, shape (slots,); None where none is deleted."""
+        return self.keys.live
+
+    @property
     def width(self) -> int:
         """Numbers in a key."""
         return self.manifest.keys["width"]
 
     @property
-    def key_dtype(self) -> str:
-        """Type in which keys are stored."""
-        return self.manifest.keys["dtype"]
-
-    @property
     def metric(self) -> str:
         """What distances are: "squared_l2", or "inner_product" for negative inner products."""
         return self.manifest.metric
-
-    def key_blocks(self, rows: int = 1 << 16, start: int = 0) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """Yield (first entry, keys as float32 of shape (at most `rows`, width)) from an entry on, also deleted ones."""
-        for begin, segment in zip(self._starts, self._segments, strict=False):
-            for first in range(max(0, start - int(begin)), segment.entries, rows):
-                yield int(begin) + first, segment.keys[first : first + rows].float().numpy()
-
-    def gather_keys(self, entries: npt.NDArray[np.int64]) -> Tensor:
-        """Return the stored keys of some entries, in the type of storage, shape (n, width)."""
-        if len(self._segments) == 1:
-            return self._segments[0].keys[torch.from_numpy(entries)]
-        result = torch.empty((len(entries), self.width), dtype=self._segments[0].keys.dtype)
-        owners = np.searchsorted(self._starts, entries, side="right") - 1
-        for number in np.unique(owners):
-            mine = np.flatnonzero(owners == number)
-            rows = torch.from_numpy(entries[mine] - self._starts[number])
-            result[torch.from_numpy(mine)] = self._segments[number].keys[rows]
-        return result
 
     def search(
         self, queries: npt.NDArray[np.float32], k: int, exclude: npt.NDArray[np.int64] | None = None
