@@ -83,7 +83,7 @@ def content(path):
     rows = {}
     for item in memory.documents():
         first, stop = item["entries"]
-        keys = memory.gather_keys(torch.arange(first, stop).numpy()).numpy().tobytes()
+        keys = memory.keys.gather_keys(torch.arange(first, stop).numpy()).numpy().tobytes()
         rows[item["id"]] = (item["text"], str(item["metadata"]), memory.values[first:stop].tobytes(), keys)
     return rows
 

@@ -23,7 +23,7 @@ def build(source, path, encoder=None, **settings):
 
 
 def all_keys(memory):
-    return memory.gather_keys(np.arange(len(memory)))
+    return memory.keys.gather_keys(np.arange(len(memory)))
 
 
 def test_an_entry_is_the_token_after_what_the_model_saw(lm, documents, memory):
@@ -42,7 +42,7 @@ def test_an_entry_is_the_token_after_what_the_model_saw(lm, documents, memory):
             # the key: of a run of the model over this document alone, up to the token before
             rows, keys = next(lm.keys([tokens.ids[: number + 2]]))
             assert rows[-1] == number
-            stored_key = memory.gather_keys(np.array([first + number]))[0]
+            stored_key = memory.keys.gather_keys(np.array([first + number]))[0]
             torch.testing.assert_close(stored_key.float(), keys[-1], rtol=1e-3, atol=1e-3)
         place = stop
     assert place == len(memory) == memory.manifest.entries
@@ -83,12 +83,12 @@ def test_segments_change_nothing_but_the_files(tmp_path):
     entries = np.random.default_rng(0).integers(0, len(one), 50)
     for other in (many, some):
         assert other.values.tolist() == one.values.tolist()
-        assert other.gather_keys(entries).equal(one.gather_keys(entries))
+        assert other.keys.gather_keys(entries).equal(one.keys.gather_keys(entries))
         assert list(other.documents()) == list(one.documents())
         assert list(other.entry_ranges()) == list(one.entry_ranges())
         assert [other.provenance(int(entry)) for entry in entries] == [one.provenance(int(entry)) for entry in entries]
         assert other.document_range(documents[4].text) == one.document_range(documents[4].text)
-        blocks = list(other.key_blocks(70))
+        blocks = list(other.keys.key_blocks(70))
         assert [first for first, _ in blocks] == np.cumsum([0] + [len(block) for _, block in blocks])[:-1].tolist()
         np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), all_keys(one).float().numpy())
         queries = all_keys(one)[:20].float().numpy() + 0.1

@@ -70,7 +70,7 @@ def indexed(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def keys(base):
-    return base.gather_keys(np.arange(len(base))).double().numpy()
+    return base.keys.gather_keys(np.arange(len(base))).double().numpy()
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def content(memory):
     rows = {}
     for item in memory.documents():
         first, stop = item["entries"]
-        keys = memory.gather_keys(np.arange(first, stop))
+        keys = memory.keys.gather_keys(np.arange(first, stop))
         rows[item["id"]] = (item["text"], item["metadata"], memory.values[first:stop].tolist(), keys.tolist())
     return rows
 
@@ -45,7 +45,7 @@ def nearest(memory, queries, k):
     keys, names = [], []
     for item in memory.documents():
         first, stop = item["entries"]
-        keys.append(memory.gather_keys(np.arange(first, stop)).double().numpy())
+        keys.append(memory.keys.gather_keys(np.arange(first, stop)).double().numpy())
         names += [(item["id"], place) for place in range(stop - first)]
     keys = np.concatenate(keys)
     for query in queries.astype(np.float64):
@@ -136,7 +136,7 @@ def test_what_is_removed_is_returned_by_no_path(memory, documents, factory):
     memory.add(FakeEncoder(), documents[6:])  # behind the index
     gone = [documents[1], documents[4], documents[6]]
     ranges = [memory.document_range(item.text) for item in gone]
-    queries = np.concatenate([memory.gather_keys(np.arange(*each)).float().numpy() for each in ranges])
+    queries = np.concatenate([memory.keys.gather_keys(np.arange(*each)).float().numpy() for each in ranges])
     before = memory.search(queries, 5)
     assert (np.isin(before.entries[:, 0], np.concatenate([np.arange(*each) for each in ranges]))).mean() > 0.5
     statistics = memory.statistics()
@@ -171,7 +171,7 @@ def test_a_mask_that_forgets_one_document_is_noticed(memory, documents):
     """The test above can fail: with the mask of deleted entries broken, what was removed comes back."""
     first, stop = memory.document_range(documents[1].text)
     memory.remove("d1")
-    queries = memory.gather_keys(np.arange(first, stop)).float().numpy()
+    queries = memory.keys.gather_keys(np.arange(first, stop)).float().numpy()
     memory.live[first:stop] = True
     memory.index.__dict__.pop("_resident", None)
     assert np.isin(memory.search(queries, 1).entries, np.arange(first, stop)).mean() > 0.9
@@ -423,7 +423,7 @@ def test_a_killed_writer_leaves_nothing_that_stays(memory, documents):
 
 def test_infinite_least_pointers_agree_with_search(memory):
     memory.remove("d2")
-    queries = memory.gather_keys(np.arange(30)).float().numpy()
+    queries = memory.keys.gather_keys(np.arange(30)).float().numpy()
     pointed = Pointers(memory, math.inf).lookup(queries, memory.values[:30].astype(np.int64), np.zeros(30, np.int64), 7)
     for one, other in zip(pointed.found[:3], memory.lookup(queries, 7)[:3], strict=True):
         np.testing.assert_array_equal(one.numpy(), other.numpy())

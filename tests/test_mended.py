@@ -107,7 +107,7 @@ def test_setting_that_changes_keys_changes_the_fingerprint(family, setting, valu
 def test_no_excluded_entry_is_returned_by_any_kind_of_index(tmp_path):
     lm = lm_of("llama")
     memory = store(lm, [TEXTS[0] * 3, TEXTS[0] * 3 + "!", TEXTS[1] * 3], tmp_path / "memory")
-    queries = memory.gather_keys(np.arange(40)).float().numpy()
+    queries = memory.keys.gather_keys(np.arange(40)).float().numpy()
     exclude = np.tile(np.array([memory.document_range(TEXTS[0] * 3)]), (40, 1))
     assert exclude[0, 1] > 40
     for factory in ("IVF2,Flat", "IVF2,FlatDedup", "IVF2,SQ8", "HNSW8", "PCA8,Flat", "Flat"):

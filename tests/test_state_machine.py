@@ -116,7 +116,7 @@ class Life(RuleBasedStateMachine):
     def search(self):
         """Every stored key finds itself, or its equal, and only what is held."""
         entries = np.concatenate([np.arange(*item["entries"]) for item in self.memory.documents()])
-        queries = self.memory.gather_keys(entries).float().numpy()
+        queries = self.memory.keys.gather_keys(entries).float().numpy()
         found = self.memory.search(queries, min(3, len(self.memory)))
         assert np.isin(found.entries[found.present], entries).all()
         exact = self.memory.index.details.get("factory", "exact") != "HNSW4"
