@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DatastoreError
+from ..errors import ConfigError, DatastoreCorrupt, DatastoreError
 from ..evidence import METRICS, SQUARED_L2
 from ..index import build_index, check_factory
 from ._build import Encoder, add_documents, build_segments
@@ -45,12 +45,15 @@ class Datastore(Version):
         """Open the current version; another try where a compaction removes its files at this very moment."""
         while True:
             current = Manifest.load(self.path)
-            manifest = current if version in (None, current.version) else self._kept(current, version)
             try:
+                manifest = current if version in (None, current.version) else self._kept(current, version)
                 return self._show(manifest, verify)
-            except DatastoreError:
-                if Manifest.load(self.path).version == current.version:
-                    raise
+            except (DatastoreError, FileNotFoundError) as error:
+                if Manifest.load(self.path) != current:
+                    continue
+                if isinstance(error, FileNotFoundError):
+                    raise DatastoreCorrupt(f"{error.filename} is missing; restore it from a copy") from error
+                raise
 
     def _kept(self, current: Manifest, version: int | None) -> Manifest:
         kept = {manifest.version: manifest for manifest in current.history(self.path)}
