@@ -185,6 +185,11 @@ def test_an_interrupt_ends_all_processes_and_keeps_what_is_finished(tmp_path):
     deadline = time.monotonic() + 120
     while len(list(folder.glob("waiting-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
+    for path in folder.glob("waiting-*"):
+        status = Path(f"/proc/{path.name.partition('-')[2]}/status")
+        if status.exists():  # on Linux: whether an interrupt is shut out does not show by chance alone
+            blocked = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("SigBlk"))
+            assert int(blocked, 16) >> (signal.SIGINT - 1) & 1
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does it: to all
     _, err = started.communicate(timeout=60)
     assert err.decode().count("KeyboardInterrupt") == 1, err.decode()
