@@ -31,6 +31,7 @@ from test_adapter import adapter
 from test_by_distance import KINDS as CURVES
 from test_gate import gate
 from test_learned import learned
+from test_spalm import WIDTH, drawn, spalm, steered
 
 K = 9
 
@@ -64,8 +65,12 @@ MIXTURES = {
     "trime": (TrimeMixture(temperature=0.8, forgetting=0.1, k=K, length=K, interpolation_weight=0.2), evidence(2)),
     "gate": (OVER_THREE, evidence(3)),
     "nested gate": (NESTED, evidence(2)),
+    "spalm": (spalm(), drawn(n=10)),
+    "spalm, a gate a dimension": (spalm(WIDTH), drawn(n=10)),
+    "steered": (steered(), drawn(n=10)),
 }
-NETWORKS = ("adapter", "learned", "gate", "nested gate")
+NETWORKS = ("adapter", "learned", "gate", "nested gate", "steered")
+TENSORS = (*NETWORKS, "spalm", "spalm, a gate a dimension")
 
 
 def tensors_of(path):
@@ -94,7 +99,7 @@ def test_what_was_saved_comes_back(name, tmp_path):
     assert loaded.describe() == mixture.describe()
     assert not mixture.log_probs(lm, asked).equal(lm)
     assert json.loads((tmp_path / "mixture.json").read_text())["fitted_with"] == ["abc"]
-    beside = {tensors_of(tmp_path / "mixture.json").name} if name in NETWORKS else set()
+    beside = {tensors_of(tmp_path / "mixture.json").name} if name in TENSORS else set()
     assert {item.name for item in tmp_path.iterdir()} == {"mixture.json"} | beside
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ SQUARED_L2, INNER_PRODUCT = METRICS = ("squared_l2", "inner_product")
 LATELY = 64  # tokens of the text that a mixture may look back at
 # Entries of one memory that a target may look at: what a mixture finds is a matrix of targets × entries
 MOST_ENTRIES = 1 << 20
+_RIDGE = 1e-3  # of the mean square of a dimension: rows of few tokens do not span all dimensions
 
 
 class Found(NamedTuple):
@@ -64,6 +67,7 @@ class Belief(NamedTuple):
         normalizer: logsumexp of its logits, float32, shape (n,); NaN where only probabilities are known.
         read: The last tokens that it has read, the newest last, int64, shape (n, LATELY); −1 before the text began.
             None where nobody asked.
+        hidden: h, what its output embedding reads, float32, shape (n, width). None where nobody asked.
     """
 
     keys: Tensor
@@ -73,6 +77,7 @@ class Belief(NamedTuple):
     entropy: Tensor
     normalizer: Tensor
     read: Tensor | None = None
+    hidden: Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: Tensor, keys: Tensor, last: Tensor) -> Belief:
@@ -102,11 +107,52 @@ def read_lately(tokens: Tensor, places: Tensor, starts: Tensor | int = 0) -> Ten
     return tokens[numbers.clamp_min(0)].masked_fill(numbers < starts.reshape(-1, 1), -1)
 
 
+@dataclass(frozen=True, eq=False)
+class OutputEmbedding:
+    """The last layer of a model: its logits are W h + b.
+
+    Attributes:
+        weight: W, one row e(y) a token, float32, shape (vocabulary, width).
+        bias: b, float32, shape (vocabulary,); None where there is none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return W h + b, float32, shape (n, vocabulary), of h of shape (n, width)."""
+        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+
+    def to(self, device: torch.device | str) -> OutputEmbedding:
+        """Return the layer on a device."""
+        if self.weight.device == torch.device(device):
+            return self
+        return OutputEmbedding(self.weight.to(device), None if self.bias is None else self.bias.to(device))
+
+    @cached_property
+    def isolating(self) -> Tensor:
+        """A, float32, shape (width, width): a step along A e(y) raises the logit of y, on the mean of all tokens by 1,
+        and changes others, by least squares, as little as the width allows.
+        """
+        weight = self.weight.double()
+        moments = weight.T @ weight / len(weight)
+        ridge = _RIDGE * moments.diagonal().mean().clamp_min(1e-30)
+        inverse = torch.linalg.inv(
+            moments + ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+        )
+        own = ((weight @ inverse) * weight).sum(dim=1).mean()
+        return (inverse / own.clamp_min(1e-30)).float()
+
+
 class Evidence(NamedTuple):
-    """What each memory found, in the order of the memories, and what the model believes, if a mixture asked for it."""
+    """What each memory found, in the order of the memories, and what the model believes, if a mixture asked for it.
+
+    Beside the states `Belief.hidden` comes the layer that reads them, which is the same for all targets.
+    """
 
     memories: tuple[Found, ...]
     belief: Belief | None = None
+    output: OutputEmbedding | None = None
 
     def rows(self, rows: Tensor | slice) -> Evidence:
         """Return some targets: a mask, numbers, or a slice."""
@@ -145,4 +191,4 @@ def _each(parts: Sequence[Evidence], change: Callable[[list[Tensor]], Tensor]) -
 
     memories = [Found(*both(column)) for column in zip(*(part.memories for part in parts), strict=True)]  # type: ignore
     beliefs = [part.belief for part in parts if part.belief is not None]
-    return Evidence(tuple(memories), Belief(*both(beliefs)) if beliefs else None)  # type: ignore
+    return Evidence(tuple(memories), Belief(*both(beliefs)) if beliefs else None, parts[0].output)  # type: ignore

@@ -17,7 +17,10 @@ def tune(
     text: common.Text,
     save: Annotated[Path | None, typer.Option(help="Write the settings to this file or folder, for --mixture.")] = None,
     mixture: Annotated[
-        str, typer.Option(help="knn (one λ), buckets, exponential, logistic, learned, adapter, auto, or trime.")
+        str,
+        typer.Option(
+            help="knn (one λ), buckets, exponential, logistic, learned, adapter, auto, spalm, steered, or trime."
+        ),
     ] = "knn",
     max_k: Annotated[int | None, typer.Option(help="Most neighbors a token; 1,024, or all, by default.")] = None,
     cache: Annotated[

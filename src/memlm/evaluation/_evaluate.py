@@ -171,6 +171,7 @@ def evaluate(
         memory,
         mixture.ks,
         beliefs=mixture.needs_belief,
+        hidden=mixture.needs_hidden,
         wanted=mixture.wanted if mixture.skips else None,
         leave_out_own=leave_out_own,
         show_progress=show_progress,

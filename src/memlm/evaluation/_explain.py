@@ -53,7 +53,8 @@ def explain(
     tokenized = lm.tokenize(document)
     length = len(tokenized.ids)
     explained: list[ExplainedToken | None] = [None] * max(0, length - 1)
-    settings = {"beliefs": mixture.needs_belief, "leave_out_own": leave_out_own, "show_progress": False}
+    settings: dict[str, Any] = {"leave_out_own": leave_out_own, "show_progress": False}
+    settings |= {"beliefs": mixture.needs_belief, "hidden": mixture.needs_hidden}
     wanted = mixture.wanted if mixture.skips else None
     batches: Iterable[Retrieved] = ()
     if length > 1:

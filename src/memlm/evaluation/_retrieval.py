@@ -159,6 +159,7 @@ def retrieve(
     ks: Sequence[int],
     *,
     beliefs: bool = False,
+    hidden: bool = False,
     wanted: Callable[[Belief], Tensor | None] | None = None,
     leave_out_own: bool = True,
     show_progress: bool = True,
@@ -172,6 +173,7 @@ def retrieve(
         memory: Where to search: a datastore, alone or with pointers, a cache, or a list of those.
         ks: Neighbors a target, one number a memory; a cache returns all that it remembers.
         beliefs: Keep what the model believes in the evidence.
+        hidden: With it, keep what the output embedding reads, and that layer.
         wanted: Says from beliefs for which targets to search; the others find nothing. None searches for all.
         leave_out_own: Where a document of the text is stored in a datastore, leave its entries out of its neighbors.
         show_progress: Show rate and time left on stderr.
@@ -180,8 +182,10 @@ def retrieve(
     Raises:
         ConfigError: There are not as many ks as memories.
         DatastoreMismatch: A datastore was built with another model, tokenizer or key site.
+        ModelError: `hidden` is asked of a black box, or of a model whose logits are more than its last layer's.
     """
     memories = as_memories(memory)
+    output = lm.output.to("cpu") if hidden else None  # mixing is done where the evidence is
     if len(ks) != len(memories):
         asked = count(len(ks), "memory", "memories")
         raise ConfigError(f"the mixture is for {asked}, {len(memories)} are given; pass one for each")
@@ -208,7 +212,7 @@ def retrieve(
             lengths = np.array([len(ids) - 1 for ids in group])
             starts = torch.from_numpy(np.repeat(lengths.cumsum() - lengths, lengths))
             started = time.perf_counter()
-            batches = _joined(lm.score(group, beliefs=beliefs or wanted is not None))
+            batches = _joined(lm.score(group, beliefs=beliefs or wanted is not None, hidden=hidden))
             past = torch.empty(0)  # with a cache or pointers, the keys of the group's targets in order
             if whole:
                 everything = _put_together(list(batches))
@@ -242,7 +246,7 @@ def retrieve(
                     rows=rows,
                     targets=batch.targets,
                     lm_log_probs=batch.log_probs,
-                    evidence=Evidence(tuple(found), belief),
+                    evidence=Evidence(tuple(found), belief, output),
                     searched=sum(shares) / max(1, len(shares)),
                     model_seconds=scored - started,
                     search_seconds=tuple(after - before for before, after in pairwise(times)),

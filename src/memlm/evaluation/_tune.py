@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from ..evidence import SQUARED_L2
 from ..mixtures import (
     FITTED,
+    STATES,
     HeldOut,
     KnnMixture,
     Mixture,
@@ -121,7 +122,8 @@ def tune_report(
         source: Held-out text: neither stored nor reported on.
         kind: How λ is set: "knn" (one λ), "buckets", "exponential" or "logistic" (by the nearest distance), "learned"
             (by the context, before any search), "adapter" (by neighbors and model, with p_kNN reshaped), "auto", the
-            best of these in cross-validation, or "trime" (one softmax with the vocabulary).
+            best of these in cross-validation, "spalm" or "steered" (the model's last state is changed, by four
+            neighbors at most), or "trime" (one softmax with the vocabulary).
         max_k: Most neighbors.
         max_tokens: Targets used; None uses all.
         show_progress: Show rate and time left on stderr.
@@ -141,7 +143,7 @@ def tune_report(
     text = Text(lm, source, max_tokens)
     k = min(max_k, len(memory))
     beliefs = kind not in ("knn", "buckets", "exponential", "logistic")
-    options = {"beliefs": beliefs, "show_progress": show_progress, "description": "tuning"}
+    options = {"beliefs": beliefs, "hidden": kind in STATES, "show_progress": show_progress, "description": "tuning"}
     cached = gather(retrieve(lm, text, memory, [k], **options), text.tokens)
     warn_if_nothing_is_found(cached.found, 2)
     return tune_cached(cached, text.document_of_target, kind, memory.statistics() if beliefs else None)
@@ -149,7 +151,7 @@ def tune_report(
 
 def check_kind(kind: str) -> None:
     """Raise ConfigError unless this is a kind of mixture, or "auto"."""
-    kinds = (*FITTED, TrimeMixture.kind)
+    kinds = (*FITTED, *STATES, TrimeMixture.kind)
     if kind not in (*kinds, "auto"):
         raise ConfigError(f"the kind of mixture is {kind!r}; expected one of {', '.join(kinds)}, or auto")
 

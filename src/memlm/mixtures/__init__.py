@@ -7,6 +7,7 @@ from ._by_distance import LogisticMixture as LogisticMixture
 from ._cache import CacheMixture as CacheMixture
 from ._cache import SharedCacheMixture as SharedCacheMixture
 from ._families import KINDS as FITTED
+from ._families import STATES as STATES
 from ._families import choose as choose
 from ._families import fit as fit
 from ._families import fits_of as fits_of
@@ -15,6 +16,8 @@ from ._fit_cache import fit_cache as fit_cache
 from ._fit_cache import fit_shared_cache as fit_shared_cache
 from ._fit_gate import fit_gate as fit_gate
 from ._fit_learned import skipping_curve as skipping_curve
+from ._fit_spalm import fit_spalm as fit_spalm
+from ._fit_spalm import fit_steered as fit_steered
 from ._fit_trime import fit_trime as fit_trime
 from ._fixed import KnnMixture as KnnMixture
 from ._folds import folds as folds
@@ -32,12 +35,15 @@ from ._mixture import memory_likelihoods as memory_likelihoods
 from ._mixture import nearest as nearest
 from ._saved import fitted_with as fitted_with
 from ._saved import load_mixture as load_mixture
+from ._spalm import SpalmMixture as SpalmMixture
+from ._spalm import SteeredMixture as SteeredMixture
 from ._storage import check_place as check_place
 from ._trime import TrimeMixture as TrimeMixture
 
 __all__ = [
     "CACHE",
     "FITTED",
+    "STATES",
     "AdapterMixture",
     "BucketMixture",
     "CacheMixture",
@@ -50,6 +56,8 @@ __all__ = [
     "LogisticMixture",
     "Mixture",
     "SharedCacheMixture",
+    "SpalmMixture",
+    "SteeredMixture",
     "TrimeMixture",
     "best_weight",
     "check_memory",
@@ -59,6 +67,8 @@ __all__ = [
     "fit_cache",
     "fit_gate",
     "fit_shared_cache",
+    "fit_spalm",
+    "fit_steered",
     "fit_trime",
     "fits_of",
     "fitted_with",

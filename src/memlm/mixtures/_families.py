@@ -16,10 +16,11 @@ from ._by_distance import BucketMixture, ExponentialMixture, LogisticMixture
 from ._fit import best_weight, choose_buckets, fit_buckets, fit_exponential, fit_logistic, gain
 from ._fit_adapter import fit_adapter
 from ._fit_learned import fit_learned
+from ._fit_spalm import fit_spalm, fit_steered
 from ._fixed import KnnMixture
 from ._folds import folds
 from ._heldout import HeldOut, memory_probabilities
-from ._mixture import DatastoreMixture, nearest
+from ._mixture import DatastoreMixture, Mixture, nearest
 
 Groups = npt.NDArray[np.int64]
 _TEMPERATURES = (0.5, 2**-0.5, 1.0, 2**0.5, 2.0)  # tried around the one that is best for a fixed λ
@@ -56,6 +57,8 @@ NETWORKS: dict[str, Callable[[HeldOut, KnnMixture], DatastoreMixture]] = {
     "learned": fit_learned,
     "adapter": fit_adapter,
 }
+# Of the model's last state, in the place of its distribution; they need that state of every target
+STATES: dict[str, Callable[[HeldOut, KnnMixture], Mixture]] = {"spalm": fit_spalm, "steered": fit_steered}
 KINDS = (*CURVES, *NETWORKS)
 
 
@@ -118,11 +121,13 @@ def fits_of(held: HeldOut, base: KnnMixture) -> dict[str, Callable[[], Datastore
     return curves | {kind: partial(fit_network, held, base) for kind, fit_network in NETWORKS.items()}
 
 
-def fit(kind: str, held: HeldOut, base: KnnMixture) -> DatastoreMixture:
-    """Fit one kind of mixture for one datastore, one of `KINDS`, around the best fixed one.
+def fit(kind: str, held: HeldOut, base: KnnMixture) -> Mixture:
+    """Fit one kind of mixture for one datastore, one of `KINDS` or `STATES`, around the best fixed one.
 
     Where no target has a neighbor, the fixed one is returned.
     """
+    if kind in STATES:
+        return STATES[kind](held, base) if bool(held.evidence.memories[0].present.any()) else base
     return fits_of(held, base)[kind]()
 
 

@@ -48,6 +48,7 @@ class Mixture(ABC):
     kind: ClassVar[str]
     needs_belief: ClassVar[bool] = False  # whether `mix` looks at more of the model than its log probabilities
     needs_text: ClassVar[bool] = False  # whether it looks at `Belief.read`, too
+    needs_hidden: ClassVar[bool] = False  # whether it looks at `Belief.hidden` and at the layer that reads it
     skips: ClassVar[bool] = False  # whether `wanted` may leave searches out
 
     @property

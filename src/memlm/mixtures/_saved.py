@@ -19,6 +19,7 @@ from ._gate import GateMixture
 from ._learned import LearnedMixture
 from ._mixture import Mixture
 from ._network import Network
+from ._spalm import SpalmMixture, SteeredMixture
 from ._trime import TrimeMixture
 
 KINDS: dict[str, type[Mixture]] = {
@@ -34,6 +35,8 @@ KINDS: dict[str, type[Mixture]] = {
         SharedCacheMixture,
         GateMixture,
         TrimeMixture,
+        SpalmMixture,
+        SteeredMixture,
     )
 }
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..cache import Cache
 from ..errors import ModelError
-from ..evidence import Belief, Evidence, Found
+from ..evidence import Belief, Evidence, Found, OutputEmbedding
 from ..text import count
 from ._capture import Captured, capture, check_key_site, keys_of
 from ._identity import encoder_fingerprint
 from ._layers import find_decoder
+from ._output import CapturedHidden, capture_hidden, output_embedding
 from ._past import Past, past_of
 from ._sites import KeySite, find_key_site
 
@@ -39,6 +40,7 @@ class Mixture(Protocol):
 
     needs_belief: Any
     needs_text: Any
+    needs_hidden: Any
     skips: Any
 
     @property
@@ -97,10 +99,11 @@ def attach(model: Any, memory: Any, mixture: Mixture) -> Iterator[Any]:
     mixture.check_memories(memories)
     check_key_site(model, site)
 
-    with capture(model, site) as captured:
+    layer = output_embedding(model) if mixture.needs_hidden else None
+    with capture(model, site) as captured, capture_hidden(model, layer is not None) as last:
+        attached = _Attached(site, captured, memories, mixture, layer, last)
         hook = model.register_forward_hook(
-            lambda module, args, kwargs, output: _mix(module, args, kwargs, output, captured, site, memories, mixture),
-            with_kwargs=True,
+            lambda module, args, kwargs, output: _mix(module, args, kwargs, output, attached), with_kwargs=True
         )
         model._memlm_attached = True
         try:
@@ -126,17 +129,20 @@ def _common_site(model: Any, memories: list[Any]) -> KeySite:
     return sites[0] if sites else getattr(model, "_memlm_site", None) or find_key_site(model, None)
 
 
-def _mix(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Any,
-    captured: Captured,
-    site: KeySite,
-    memories: list[Any],
-    mixture: Mixture,
-) -> Any:
+class _Attached(NamedTuple):
+    """What is attached to a model, and where its last forward pass is read."""
+
+    site: KeySite
+    captured: Captured
+    memories: list[Any]
+    mixture: Mixture
+    layer: OutputEmbedding | None
+    last: CapturedHidden
+
+
+def _mix(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, attached: _Attached) -> Any:
     """Forward hook of the top-level model: put the mixture in the place of the logits."""
+    site, captured, memories, mixture, layer, last = attached
     if args:
         kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
     as_tuple = isinstance(output, tuple)
@@ -162,8 +168,19 @@ def _mix(
         memories = [Cache(min(len(item), longest)) if isinstance(item, Cache) else item for item in memories]
     sizes = [len(item) if isinstance(item, Cache) else k for item, k in zip(memories, mixture.ks, strict=True)]
     together = max(1, _FOUND_TOGETHER // max(1, len(logits) * sum(sizes)))
+    states = None if layer is None else last.states()  # (batch, kept, width)
     parts = [
-        _mixed(logits[:, some], keys[:, some], tokens, past, kept[some], memories, mixture)
+        _mixed(
+            logits[:, some],
+            keys[:, some],
+            tokens,
+            past,
+            kept[some],
+            memories,
+            mixture,
+            layer,
+            None if states is None else states[:, some],
+        )
         for some in torch.arange(len(kept)).split(together)
     ]
     mixed = torch.cat(parts, dim=1)
@@ -188,6 +205,8 @@ def _mixed(
     kept: Tensor,
     memories: list[Any],
     mixture: Mixture,
+    layer: OutputEmbedding | None,
+    states: Tensor | None,
 ) -> Tensor:
     """Return the mixture's log probabilities at some places, float32, shape (batch, kept, vocabulary).
 
@@ -199,6 +218,8 @@ def _mixed(
         kept: The places' numbers within this pass, int64, shape (kept,).
         memories: One for each that the mixture is for.
         mixture: How to mix.
+        layer: That reads the states, for a mixture that changes them.
+        states: There, shape (batch, kept, width).
     """
     flat = logits.flatten(0, 1).float()  # (n, vocabulary)
     queries = keys.flatten(0, 1).float()
@@ -207,6 +228,8 @@ def _mixed(
         belief = Belief.from_logits(flat, queries, tokens[:, kept.to(tokens.device)].flatten().to(flat.device))
         if past is not None:
             belief = belief._replace(read=past.read(kept).to(flat.device))
+        if states is not None:
+            belief = belief._replace(hidden=states.flatten(0, 1).float())
     asked = mixture.wanted(belief) if mixture.skips and belief is not None else None
     found = []
     for memory, k in zip(memories, mixture.ks, strict=True):
@@ -215,7 +238,7 @@ def _mixed(
         else:
             part = _lookup(memory, queries, k, asked)
         found.append(Found(*(None if item is None else item.to(flat.device) for item in part)))  # type: ignore
-    mixed = mixture.log_probs(flat.log_softmax(dim=-1), Evidence(tuple(found), belief))
+    mixed = mixture.log_probs(flat.log_softmax(dim=-1), Evidence(tuple(found), belief, layer))
     return mixed.reshape(logits.shape).to(torch.float32)
 
 

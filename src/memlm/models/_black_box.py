@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from ..documents import Document
-from ..errors import ConfigError
-from ..evidence import Belief
+from ..errors import ConfigError, ModelError
+from ..evidence import Belief, OutputEmbedding
 from ._echo import Echo
 from ._endpoint import Endpoint
 from ._language_model import LanguageModel, ScoredBatch
@@ -98,16 +98,30 @@ class BlackBox:
         """Return a document's token ids and where they stand in its text."""
         return self.encoder.tokenize(document)
 
-    def score(self, sequences: Iterable[np.ndarray], *, beliefs: bool = False) -> Iterator[ScoredBatch]:
+    @property
+    def output(self) -> OutputEmbedding:
+        """Not known of a black box.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise self._shows_no_states()
+
+    def score(
+        self, sequences: Iterable[np.ndarray], *, beliefs: bool = False, hidden: bool = False
+    ) -> Iterator[ScoredBatch]:
         """Ask for log p_LM of every target of some token sequences, and compute the encoder's keys.
 
         Args:
             sequences: Token ids of documents, each int64 of shape (length,).
             beliefs: Ask for the most likely tokens, too.
+            hidden: Refused, as `output` is.
 
         Raises:
             EndpointError: The endpoint cannot be reached, refuses, or does not answer as it should.
         """
+        if hidden:
+            raise self._shows_no_states()
         kept, encoder = list(sequences), self.encoder
         # the encoder cuts by the same rule, so that its batches have the same rows
         batches = batch_windows(kept, encoder.windows, encoder.batch_tokens)
@@ -131,6 +145,12 @@ class BlackBox:
                     normalizer=torch.full((len(known),), torch.nan),
                 )
             yield ScoredBatch(batch.rows, batch.targets, log_probs, keys, belief)
+
+    def _shows_no_states(self) -> ModelError:
+        return ModelError(
+            f"this mixture changes the model's last hidden state, and {self.name} is behind an endpoint, which shows "
+            "none; use a mixture of probabilities, such as adapter"
+        )
 
     def _ask(self, prompts: list[list[int]], top: int) -> list[Echo]:
         """Send several windows a request, as many as an answer can hold."""

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..documents import Document
 from ..errors import ModelError
-from ..evidence import Belief
+from ..evidence import Belief, OutputEmbedding
 from ._capture import capture, check_key_site, forward_to_site, keys_of
 from ._identity import encoder_fingerprint, tokenizer_fingerprint
 from ._layers import find_decoder
+from ._output import capture_hidden, output_embedding
 from ._sites import KeySite, find_key_site
 from ._windows import TokenizedDocument, WindowScheme, batch_windows, tokenize
 
@@ -60,7 +61,14 @@ class Scorer(Protocol):
         """Return a document's token ids and where they stand in its text."""
         ...
 
-    def score(self, sequences: Iterable[np.ndarray], *, beliefs: bool = False) -> Iterator[ScoredBatch]:
+    @property
+    def output(self) -> OutputEmbedding:
+        """Its last layer."""
+        ...
+
+    def score(
+        self, sequences: Iterable[np.ndarray], *, beliefs: bool = False, hidden: bool = False
+    ) -> Iterator[ScoredBatch]:
         """Yield log p_LM and key of every target, and what the model believes."""
         ...
 
@@ -158,7 +166,18 @@ class LanguageModel:
             keys = forward_to_site(self.model, self.site, batch.input_ids.to(self.device))
             yield batch.rows, keys[batch.scored.to(keys.device)]
 
-    def score(self, sequences: Iterable[np.ndarray], *, beliefs: bool = False) -> Iterator[ScoredBatch]:
+    @cached_property
+    def output(self) -> OutputEmbedding:
+        """The last layer, which makes logits of hidden states.
+
+        Raises:
+            ModelError: It does more than that; see `output_embedding`.
+        """
+        return output_embedding(self.model)
+
+    def score(
+        self, sequences: Iterable[np.ndarray], *, beliefs: bool = False, hidden: bool = False
+    ) -> Iterator[ScoredBatch]:
         """Compute log p_LM of every target of some token sequences, and the keys, in one pass.
 
         Logits exist only for the positions that are scored, of one window, or of so many as fit a fixed budget.
@@ -166,6 +185,7 @@ class LanguageModel:
         Args:
             sequences: Token ids of documents, each int64 of shape (length,).
             beliefs: Tell the model's beliefs, too; that costs another look at the logits.
+            hidden: In them, tell what the output embedding reads.
         """
         self._check_mode()
         vocabulary = self.identity["tokenizer"]["vocab_size"]
@@ -174,7 +194,11 @@ class LanguageModel:
         for batch in batch_windows(sequences, self.windows, tokens):
             scored = batch.scored.to(self.device)
             kept = scored.any(dim=0).nonzero().squeeze(1)  # positions that any window of the batch scores
-            with torch.no_grad(), capture(self.model, self.site) as captured:
+            with (
+                torch.no_grad(),
+                capture(self.model, self.site) as captured,
+                capture_hidden(self.model, hidden) as last,
+            ):
                 output = self.model(
                     input_ids=batch.input_ids.to(self.device), use_cache=False, logits_to_keep=kept, return_dict=True
                 )
@@ -189,6 +213,8 @@ class LanguageModel:
                 at_scored = output.logits[scored[:, kept]].float()
                 found = Belief.from_logits(at_scored, keys[scored].float(), batch.input_ids[batch.scored])
                 belief = Belief(*(part.cpu() for part in found if part is not None))
+                if hidden:
+                    belief = belief._replace(hidden=last.states()[scored[:, kept]].float().cpu())
             yield ScoredBatch(batch.rows, batch.targets, log_probs.cpu(), keys[scored], belief)
 
     def _check_mode(self) -> None:

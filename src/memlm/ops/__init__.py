@@ -30,6 +30,9 @@ from ._shared_softmax import shared_softmax_weights as shared_softmax_weights
 from ._slot_usage import slot_tf_idf as slot_tf_idf
 from ._slot_usage import usage_divergence as usage_divergence
 from ._slot_usage import usage_share as usage_share
+from ._spalm import spalm_memory as spalm_memory
+from ._spalm import spalm_state as spalm_state
+from ._spalm import steering as steering
 from ._top_k_attention import top_k_attention as top_k_attention
 from ._top_k_feed_forward import top_k_feed_forward as top_k_feed_forward
 from ._trime import similarities as similarities
@@ -74,6 +77,9 @@ __all__ = [
     "shared_softmax_weights",
     "similarities",
     "slot_tf_idf",
+    "spalm_memory",
+    "spalm_state",
+    "steering",
     "top_k_attention",
     "top_k_feed_forward",
     "trime_distribution",
