@@ -142,7 +142,7 @@ def right(held: HeldOut) -> torch.Tensor:
 
 def area(score: torch.Tensor, positive: torch.Tensor) -> float:
     """Return the area under the ROC curve; ties count half."""
-    values, place, number = score.double().unique(return_inverse=True, return_counts=True)
+    _, place, number = score.double().unique(return_inverse=True, return_counts=True)
     ranks = number.cumsum(0) - (number - 1) / 2
     yes = int(positive.sum())
     no = len(positive) - yes
