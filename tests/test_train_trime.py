@@ -29,7 +29,7 @@ from memlm.training import (
     TrimeLoss,
     TrimeRecipe,
     TrimeSchedule,
-    _train_trime,
+    _run_trainer,
     load_trime_recipe,
     train_trime,
 )
@@ -286,7 +286,7 @@ def test_a_finished_run_is_published_again_made_longer_and_not_shorter(finished,
     shutil.copytree(finished[0], output)
     shutil.rmtree(output / "model")
     with monkeypatch.context() as patch:
-        patch.setattr(_train_trime, "validate", pytest.fail)  # what is known is not measured again
+        patch.setattr(_run_trainer, "validate", pytest.fail)  # what is known is not measured again
         again = train_trime(recipe, output, device="cpu", show_progress=False)
     assert again["valid"] == finished[1]["valid"]
     longer = train_trime(changed(recipe, "schedule", steps=13), output, device="cpu", show_progress=False)
@@ -344,11 +344,11 @@ def test_metrics_are_reported(place, recipe, monkeypatch):
     with pytest.raises(ConfigError, match=r"report_to names 'tensorbord'; expected any of .*tensorboard"):
         train_trime(changed(recipe, "schedule", report_to=["tensorbord"]), place / "no", device="cpu")
     with monkeypatch.context() as patch:
-        patch.setattr(_train_trime, "get_available_reporting_integrations", list)
+        patch.setattr(_run_trainer, "get_available_reporting_integrations", list)
         with pytest.raises(ConfigError, match="report_to names tensorboard, which is not installed"):
             train_trime(changed(recipe, "schedule", report_to=["tensorboard"]), place / "no", device="cpu")
     assert not (place / "no").exists()
-    monkeypatch.setattr(_train_trime, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(_run_trainer, "get_available_reporting_integrations", lambda: ["tensorboard"])
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Reported)
     Reported.logs.clear()
     reporting = changed(recipe, "schedule", report_to=["tensorboard"], steps=3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,8 +35,24 @@ def train_trime(recipe: Recipe, output: Output, device: common.Device = None, js
     common.quiet_libraries()
     summary = training.train_trime(training.load_trime_recipe(recipe), output, device=device)
     lines = [f"{output / 'model'}: {summary['parameters']:,} parameters, {summary['tokens']:,} tokens"]
-    lines += [
+    lines += _with_and_without(summary)
+    common.emit(summary, "\n".join(lines), json)
+
+
+@app.command("spalm")
+def train_spalm(recipe: Recipe, output: Output, device: common.Device = None, json: common.Json = False) -> None:
+    """Train a model and a gate between it and its neighbors' next tokens (SPALM), or the gate alone."""
+    from .. import training
+
+    common.quiet_libraries()
+    summary = training.train_spalm(training.load_spalm_recipe(recipe), output, device=device)
+    lines = [f"{output / 'model'}, its gate {output / 'spalm.json'}: {summary['tokens']:,} tokens"]
+    lines += _with_and_without(summary)
+    common.emit(summary, "\n".join(lines), json)
+
+
+def _with_and_without(summary: dict[str, Any]) -> list[str]:
+    return [
         f"  {name}: perplexity {row['perplexity']:.2f} with memory, {row['perplexity_without_memory']:.2f} without"
         for name, row in summary["valid"].items()
     ]
-    common.emit(summary, "\n".join(lines), json)

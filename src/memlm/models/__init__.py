@@ -14,6 +14,8 @@ from ._layers import find_decoder as find_decoder
 from ._layers import path_of as path_of
 from ._load import load as load
 from ._load import reference_lm as reference_lm
+from ._output import capture_hidden as capture_hidden
+from ._output import output_embedding as output_embedding
 from ._sites import KeySite as KeySite
 from ._sites import find_key_site as find_key_site
 
@@ -26,12 +28,14 @@ __all__ = [
     "ScoredBatch",
     "Scorer",
     "attach",
+    "capture_hidden",
     "decoder_layers",
     "find_decoder",
     "find_key_site",
     "forward_to_site",
     "forward_with_keys",
     "load",
+    "output_embedding",
     "path_of",
     "reference_lm",
 ]

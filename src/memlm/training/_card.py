@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ._recipe import Recipe
+from ._spalm_recipe import SpalmRecipe
 from ._trime_recipe import TrimeRecipe
 
 
@@ -102,5 +103,44 @@ Perplexity a token on validation text; the memory of a token is what its batch s
 It loads with `from_pretrained`. Its memory comes from memlm: `memlm tune MODEL none valid/ --mixture trime`.
 
 Made by `memlm train trime`.
+"""
+    )
+
+
+def write_spalm_card(path: Path, recipe: SpalmRecipe, summary: dict[str, Any]) -> None:
+    """Write the card of a model trained with its neighbors' next tokens, in Markdown."""
+    memory, batches = recipe.memory, recipe.batches
+    valid = "\n".join(
+        f"| {name} | {row['perplexity']:.2f} | {row['perplexity_without_memory']:.2f} |"
+        for name, row in summary["valid"].items()
+    )
+    trained = "the model and its gate" if memory.trained == "all" else "the gate alone"
+    path.write_text(
+        f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# A language model trained with its neighbors' next tokens (SPALM, Yogatama et al. 2021)
+
+| | |
+|---|---|
+| start | {Path(recipe.from_).name} |
+| parameters | {summary["parameters"]:,}; trained: {trained} |
+| memory | {memory.k} neighbors a token, {memory.gates} gate |
+| batches | {batches.streams} segments of {batches.length} tokens behind {batches.carry} carried ones |
+| training | {summary["steps"]:,} steps, {summary["tokens"]:,} tokens; AdamW, seed {recipe.schedule.seed} |
+| data | {", ".join(Path(item).name for item in recipe.train)} |
+| license of the data | {recipe.license} |
+
+Perplexity a token on validation text, with the neighbors that the model at the start has found.
+
+| text | with memory | without |
+|---|---|---|
+{valid}
+
+It loads with `from_pretrained`. Its gate is `spalm.json`, a mixture of memlm: `memlm build MODEL train/ --output
+memory/`, then `memlm eval MODEL memory/ test/ --mixture spalm.json`.
+
+Made by `memlm train spalm`.
 """
     )

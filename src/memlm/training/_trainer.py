@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,11 +14,26 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..errors import ConfigError
 from ._segments import Segments
-from ._trime import PLACES, TrimeLoss
+from ._spalm import SPALM_FIELDS
+from ._trime import PLACES, TargetLogProbs
+
+
+class MemoryLoss(Protocol):
+    """What the Trainer needs of a loss: `TrimeLoss` or `SpalmLoss`."""
+
+    def __call__(
+        self, model: Any, batch: Mapping[str, Tensor], *, update: int, updates: int, targets: Tensor | int | None = None
+    ) -> Tensor:
+        """Return the loss of a batch, nats a target, with gradients."""
+        ...
+
+    def log_probs(self, model: Any, batch: Mapping[str, Tensor]) -> TargetLogProbs:
+        """Return log P of the targets of a batch, with memory and without."""
+        ...
 
 
 class TrimeTrainer(Trainer):
-    """A Trainer whose loss is `TrimeLoss`, and which leaves the rows of a dataset in their order.
+    """A Trainer whose loss is `TrimeLoss` or `SpalmLoss`, and which leaves the rows of a dataset in their order.
 
     Checkpoints, resuming, accumulation, mixed precision and logging are the Trainer's. Evaluation reports `eval_loss`
     and `eval_perplexity` with memory, `eval_loss_without_memory` and `eval_perplexity_without_memory` from the same
@@ -35,9 +51,9 @@ class TrimeTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # divided by the targets of all batches of an update
 
-    def __init__(self, *args: Any, loss: TrimeLoss, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loss: MemoryLoss, **kwargs: Any) -> None:
         super().__init__(*args, **({"data_collator": default_data_collator} | kwargs))
-        self.trime = loss
+        self.memory_loss = loss
         self.model_accepts_loss_kwargs = True  # asks the Trainer to count targets …
         self._loss_shifts_labels = True  # … without each row's first label, whatever the model's own loss is
         if self.args.n_gpu > 1:
@@ -45,7 +61,9 @@ class TrimeTrainer(Trainer):
                 "several GPUs in one process would tear batches apart; start one process a GPU by torchrun"
             )
         if self.args.label_smoothing_factor or self.compute_loss_func is not None:
-            raise ConfigError("label smoothing and compute_loss_func are other losses than TRIME; leave them out")
+            raise ConfigError(
+                "label smoothing and compute_loss_func are other losses than that of the memory; leave them out"
+            )
         sizes = ("train", self.args.train_batch_size), ("eval", self.args.eval_batch_size)
         for (split, size), dataset in zip(sizes, (self.train_dataset, self.eval_dataset), strict=True):
             if isinstance(dataset, Segments) and dataset.rows_per_batch != size:
@@ -63,7 +81,7 @@ class TrimeTrainer(Trainer):
     ) -> Any:
         """Return the loss of a batch, as the Trainer asks for it."""
         progress = {"update": self.state.global_step, "updates": self.state.max_steps}
-        loss = self.trime(model, inputs, **progress, targets=num_items_in_batch)
+        loss = self.memory_loss(model, inputs, **progress, targets=num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, {}) if return_outputs else loss
@@ -83,7 +101,7 @@ class TrimeTrainer(Trainer):
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
-                found = self.trime.log_probs(model, batch)
+                found = self.memory_loss.log_probs(model, batch)
             sums = [float(-part.sum(dtype=torch.float64)) for part in found]
             totals += totals.new_tensor([*sums, len(found.with_memory)])
             rows += len(batch["input_ids"])
@@ -100,4 +118,4 @@ class TrimeTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*(self._signature_columns or []), *PLACES]
+        self._signature_columns = [*(self._signature_columns or []), *PLACES, *SPALM_FIELDS]

@@ -116,8 +116,8 @@ class TrimeLoss:
         """Run the model, and gather what belongs to the targets of the batch, in a row."""
         site = find_key_site(getattr(model, "module", model), self.key_site)
         output, keys = forward_with_keys(model, site, _inputs(batch))
-        where, tokens = _targets(batch)
-        return _Found(_at(output.logits, where), _at(keys, where), tokens, self._places(batch, where))
+        where, tokens = targets_of(batch)
+        return _Found(at_targets(output.logits, where), at_targets(keys, where), tokens, self._places(batch, where))
 
     def _with_memory(self, found: _Found, draw: tuple[int, int] | None) -> Tensor:
         """Return log P of the targets, shape (n,), so many of them at a time as there is memory for.
@@ -145,7 +145,7 @@ class TrimeLoss:
         return torch.cat([checkpoint(chunk, some, ours, queries, keys, **options) for some, ours, queries in parts])
 
     def _places(self, batch: Mapping[str, Tensor], where: Tensor) -> Places:
-        """Return where the targets stand that are numbered as in `_targets`."""
+        """Return where the targets stand that are numbered as in `targets_of`."""
         count, width = len(batch["labels"]), batch["labels"].shape[1] - 1
         if not all(name in batch for name in PLACES):
             if any(isinstance(memory, LongTerm) for memory in self.memories):
@@ -173,8 +173,8 @@ class _Found(NamedTuple):
 def plain_log_probs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Return log p_LM of the targets of a batch, float32, shape (n,); arguments as for `TrimeLoss`."""
     output = model(**({"use_cache": False, "return_dict": True} | _inputs(batch)))
-    where, tokens = _targets(batch)
-    return _target_log_probs(_at(output.logits, where), tokens)
+    where, tokens = targets_of(batch)
+    return _target_log_probs(at_targets(output.logits, where), tokens)
 
 
 def _target_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name not in ("labels", *PLACES)}
 
 
-def _targets(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def targets_of(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the positions that have a target, and the targets, both int64, shape (n,).
 
     Positions are counted through the rows without their last ones. A device is waited for here, and nowhere else: how
@@ -200,7 +200,7 @@ def _targets(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return where, following[where]
 
 
-def _at(values: Tensor, where: Tensor) -> Tensor:
-    """Return what stands at positions as `_targets` counts them, shape (n, …), of values (rows, length, …)."""
+def at_targets(values: Tensor, where: Tensor) -> Tensor:
+    """Return what stands at positions as `targets_of` counts them, shape (n, …), of values (rows, length, …)."""
     length = values.shape[1]
     return values.flatten(0, 1).index_select(0, where + where // (length - 1))

@@ -21,7 +21,7 @@ from ._trime_recipe import BM25, TrimeRecipe
 
 def train_segments(recipe: TrimeRecipe, lm: LanguageModel, output: Path, show: bool) -> Segments:
     """Return the segments of the training text in the order of an epoch."""
-    documents = _documents(recipe.train, lm, output / "train.safetensors", None, show)
+    documents = documents_of(recipe.train, lm, output / "train.safetensors", None, show)
     if recipe.batches.order != BM25:
         return _segments(recipe, lm, documents)
     path = output / "chain.npy"  # of the search by BM25, which takes minutes
@@ -38,7 +38,7 @@ def valid_segments(recipe: TrimeRecipe, lm: LanguageModel, output: Path, show: b
     limit = recipe.schedule.valid_tokens
     files = [output / f"valid-{number}.safetensors" for number in range(len(recipe.valid))]
     return {
-        name: _segments(recipe, lm, _documents([path], lm, file, limit, show))
+        name: _segments(recipe, lm, documents_of([path], lm, file, limit, show))
         for name, path, file in zip(file_names(recipe.valid), recipe.valid, files, strict=True)
     }
 
@@ -52,7 +52,7 @@ def _segments(recipe: TrimeRecipe, lm: LanguageModel, documents: list[Ids], **op
     return consecutive_segments(documents, batches.length, streams=streams, consecutive=rows, padding=padding)
 
 
-def _documents(paths: list[str], lm: LanguageModel, cache: Path, limit: int | None, show: bool) -> list[Ids]:
+def documents_of(paths: list[str], lm: LanguageModel, cache: Path, limit: int | None, show: bool) -> list[Ids]:
     """Return the token ids of documents, of the first `limit` tokens; they are kept in a file."""
     if not cache.exists():
         pieces: list[Ids] = []

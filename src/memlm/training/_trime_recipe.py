@@ -15,7 +15,7 @@ from ._recipe import ModelShape, build, read_table
 KINDS = ("local", "long-term", "external")
 CONSECUTIVE, BM25 = "consecutive", "bm25"
 # What may change when a run goes on: how long it is, and how often it is looked at.
-_MAY_CHANGE = {"steps", "epochs", "evaluate_every", "checkpoint_every", "report_to"}
+MAY_CHANGE = {"steps", "epochs", "evaluate_every", "checkpoint_every", "report_to"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +44,8 @@ class MemorySettings:
         for kind in self.kinds:
             if kind not in KINDS or self.kinds.count(kind) > 1:
                 raise ConfigError(f"memory has kinds = {self.kinds}; expected any of {', '.join(KINDS)}, each once")
-        _check("memory", self, "drop_own", "warmup", least=0, most=1)
-        _check("memory", self, "temperature", above=0)
+        check_numbers("memory", self, "drop_own", "warmup", least=0, most=1)
+        check_numbers("memory", self, "temperature", above=0)
 
     def memories(self) -> list[TrainingMemory]:
         """Return the memories that the kinds name."""
@@ -81,8 +81,8 @@ class Batches:
     def __post_init__(self) -> None:
         if self.order not in (CONSECUTIVE, BM25):
             raise ConfigError(f"batches has order = {self.order!r}; expected {CONSECUTIVE!r} or {BM25!r}")
-        _check("batches", self, "length", least=2)
-        _check("batches", self, "streams", "consecutive", "rows", least=1)
+        check_numbers("batches", self, "length", least=2)
+        check_numbers("batches", self, "streams", "consecutive", "rows", least=1)
         other = CONSECUTIVE if self.order == BM25 else BM25
         for name in ("streams", "consecutive") if self.order == BM25 else ("rows",):
             if getattr(self, name) is not None:
@@ -138,11 +138,11 @@ class TrimeSchedule:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError("schedule needs either steps or epochs; give one of them")
-        _check("schedule", self, "steps", "accumulate", "evaluate_every", "checkpoint_every", least=1)
-        _check("schedule", self, "valid_tokens", least=2)
-        _check("schedule", self, "epochs", "learning_rate", "clip", above=0)
-        _check("schedule", self, "weight_decay", "warmup_steps", "seed", least=0)
-        _check("schedule", self, "decay_fraction", least=0, most=1)
+        check_numbers("schedule", self, "steps", "accumulate", "evaluate_every", "checkpoint_every", least=1)
+        check_numbers("schedule", self, "valid_tokens", least=2)
+        check_numbers("schedule", self, "epochs", "learning_rate", "clip", above=0)
+        check_numbers("schedule", self, "weight_decay", "warmup_steps", "seed", least=0)
+        check_numbers("schedule", self, "decay_fraction", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,7 +199,7 @@ class TrimeRecipe:
     @staticmethod
     def fixed() -> list[str]:
         """Return what may not change when a run goes on, as `check_recipe` takes it."""
-        names = [item.name for item in dataclasses.fields(TrimeSchedule) if item.name not in _MAY_CHANGE]
+        names = [item.name for item in dataclasses.fields(TrimeSchedule) if item.name not in MAY_CHANGE]
         return ["method", "train", "valid", "from", "model", "memory", "batches", *(f"schedule.{n}" for n in names)]
 
 
@@ -224,7 +224,7 @@ def load_trime_recipe(path: str | Path) -> TrimeRecipe:
     return build(TrimeRecipe, table, str(path), tables)
 
 
-def _check(
+def check_numbers(
     where: str,
     settings: Any,
     *names: str,
@@ -232,7 +232,7 @@ def _check(
     most: float | None = None,
     above: float | None = None,
 ) -> None:
-    """Check numbers that are given."""
+    """Raise ConfigError unless the numbers that are given are in their range."""
     for name in names:
         value = getattr(settings, name)
         if value is None:

@@ -21,7 +21,7 @@ from ._run import relative_rate, replace_folder
 from ._segments import Segments
 from ._trainer import TrimeTrainer
 from ._trime_data import Clock
-from ._trime_recipe import TrimeRecipe
+from ._trime_recipe import TrimeSchedule
 
 WORK = "trainer"  # where the Trainer writes: checkpoints that are not whole yet, and what it reports to TensorBoard
 _LOG_EVERY = 10  # steps whose losses are fetched from the device at once
@@ -46,7 +46,7 @@ class TrimeRun(TrainerCallback):
 
     def __init__(
         self,
-        recipe: TrimeRecipe,
+        schedule: TrimeSchedule,
         lm: LanguageModel,
         output: Path,
         trainer: RunTrainer,
@@ -54,7 +54,7 @@ class TrimeRun(TrainerCallback):
         clock: Clock,
         valid: dict[str, Segments],
     ) -> None:
-        self.schedule = recipe.schedule
+        self.schedule = schedule
         self.lm, self.output, self.trainer, self.steps, self.clock, self.valid = (
             lm,
             output,
