@@ -9,9 +9,10 @@ from ._experiment import Experiment
 from .external_weights import EXPERIMENT as EXTERNAL_WEIGHTS
 from .memorizing_small import EXPERIMENT as MEMORIZING_SMALL
 from .product_keys_small import EXPERIMENT as PRODUCT_KEYS_SMALL
+from .squat import EXPERIMENT as SQUAT
 from .trime_small import EXPERIMENT as TRIME_SMALL
 
-_EXPERIMENTS = (EXTERNAL_WEIGHTS, MEMORIZING_SMALL, PRODUCT_KEYS_SMALL, TRIME_SMALL)
+_EXPERIMENTS = (EXTERNAL_WEIGHTS, MEMORIZING_SMALL, PRODUCT_KEYS_SMALL, SQUAT, TRIME_SMALL)
 _ALL = {experiment.name: experiment for experiment in _EXPERIMENTS}
 
 

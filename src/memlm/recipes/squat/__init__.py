@@ -1,0 +1,122 @@
+"""squat: at equal parameters, is it better to be deep, to be wide, to remember, or to see far?"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from ...files import write_atomically
+from .._code_tokenizer import code_tokenizer
+from .._experiment import PERPLEXITY, Claim, Experiment, Measured, Place, Task
+from .._sources import standard_library
+from . import _rows as rows
+from ._sizes import FULL, TINY, Sizes
+
+ARMS = {
+    "deep": "six layers, thin; segments that see nothing of one another",
+    "squat": "two layers, wide; segments that see nothing of one another",
+    "squat-memory": "two layers, wide; the upper one remembers earlier segments of the document",
+    "squat-long": "two layers, wide; segments eight times as long",
+}
+DESCRIPTION = """
+A “squat” language model has a long context and few parameters. Four Llamas of about equal parameters are trained on the
+same text in the same order, as many tokens an update and as many updates; documents are read segment by segment, and a
+memory (Memorizing Transformers, Wu et al. 2022, arXiv:2203.08913, one softmax with local attention) is emptied where
+another document begins. The *window* is a segment of the short kind: a token counts as last seen beyond it where it
+stands in the document before, but not among that many tokens before it.
+
+Tokens a second are of reading the test text, two documents at a time, on one thread; bytes of state are what must be
+kept of one text while it is read: keys and values of the window and of the memory, float32.
+
+Negative controls: the memory emptied before every segment, and that of the other document.
+
+A claim holds where its difference and both 95 % intervals lie beyond what is claimed: Student's t over seeds and a
+bootstrap of the seeds' mean over documents.
+"""
+
+
+def _claims() -> tuple[Claim, ...]:
+    deep, squat, memory, long = ARMS
+    return (
+        Claim(
+            text="Squat with memory beats deep and thin",
+            lower=Place(memory, rows.ALL),
+            higher=Place(deep, rows.ALL),
+        ),
+        Claim(
+            text="Squat with memory beats squat without, on all tokens",
+            lower=Place(memory, rows.ALL),
+            higher=Place(squat, rows.ALL),
+        ),
+        Claim(
+            text="… and on tokens last seen beyond the window by at least a tenth",
+            lower=Place(memory, rows.FAR),
+            higher=Place(squat, rows.FAR),
+            by=0.1,
+        ),
+        Claim(
+            text="Squat with memory beats a context eight times as long",
+            lower=Place(memory, rows.ALL),
+            higher=Place(long, rows.ALL),
+        ),
+        Claim(
+            text="Control: its own memory is better than an empty one",
+            lower=Place(memory, rows.ALL),
+            higher=Place(memory, rows.EMPTY),
+        ),
+        Claim(
+            text="Control: its own memory is better than that of another document",
+            lower=Place(memory, rows.ALL),
+            higher=Place(memory, rows.OTHER),
+        ),
+    )
+
+
+def prepare(sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """Write the text and the tokenizer of a run, unless its text is there, and say what the text is."""
+    place, facts = folder / "text", {}
+    if not place.exists():
+        room = {"train": sizes.train, "valid": sizes.test, "test": sizes.test}  # nothing is tuned: valid is left
+        documents = standard_library(room, room | {"test": sizes.test_file})
+        place.mkdir()
+        for name in ("train", "test"):
+            lines = (json.dumps({"id": item.id, "text": item.text}) + "\n" for item in documents[name])
+            write_atomically(place / f"{name}.jsonl", "".join(lines))
+        facts = {"standard library of Python": platform.python_version()}
+    texts = {name: _texts(folder, name) for name in ("train", "test")}
+    code_tokenizer(texts["train"], sizes.vocabulary, sizes.long).save_pretrained(folder / "tokenizer")
+    return facts | {f"{name} documents": len(items) for name, items in texts.items()}
+
+
+def _texts(folder: Path, name: str) -> list[str]:
+    lines = (folder / "text" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def work(sizes: Sizes, arm: str) -> int:
+    """Return the tokens that one arm reads, about: a token has some three characters."""
+    return sizes.steps * sizes.rows * sizes.length + sizes.test // 3
+
+
+def measure(task: Task) -> Measured:
+    """Train and measure one arm."""
+    from ._work import measure as do  # which loads torch
+
+    return do(task)
+
+
+EXPERIMENT = Experiment(
+    name="squat",
+    summary="At equal parameters: deep and thin, shallow and wide, with an attention memory, with a long context",
+    description=DESCRIPTION,
+    arms=ARMS,
+    rows=rows.ROWS,
+    claims=_claims(),
+    unit=PERPLEXITY,
+    sizes={"full": FULL, "tiny": TINY},
+    prepare=prepare,
+    work=work,
+    measure=measure,
+)
