@@ -28,6 +28,8 @@ from memlm.layers import (
     save_row_reader,
     write_facts,
 )
+from memlm.training import Asked, train_reader
+from memlm.training import _reader as reader_training
 from tiny_models import FAMILIES, tiny_model
 
 SETTINGS = {"key_width": 8, "value_width": 8, "top_k": 3}
@@ -327,3 +329,97 @@ def test_what_was_read_can_be_watched():
     reader(torch.randn(2, 5, 16))
     assert reader.amount.shape == (10,)
     assert ((reader.amount > 0) & (reader.amount < 1)).all()
+
+
+def test_a_window_is_the_position_beside_those_before_it():
+    reader = RowReader(6, 5, **SETTINGS, window=3)
+    hidden = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    normed = ((hidden - hidden.mean(-1, keepdim=True)) / hidden.std(-1, correction=0, keepdim=True)).double().numpy()
+    windows = reader.windows(hidden).double().numpy()
+    for place in range(4):
+        for back in range(3):
+            expected = normed[:, place - back] if place >= back else 0.0
+            np.testing.assert_allclose(
+                windows[:, place, 6 * back : 6 * back + 6], expected * np.ones((2, 6)), atol=1e-4
+            )
+    with pytest.raises(ModelError, match="without their order; use a window of 1"):
+        reader.windows(hidden[0])
+    with pytest.raises(ConfigError, match="window is 0"):
+        RowReader(6, 5, window=0)
+
+
+def test_a_window_tells_names_of_two_tokens_apart(tiny_lm, tmp_path):
+    """With a window of one the state of the last token decides; here the layer cannot look back."""
+    found = {}
+    for window in (1, 2):
+        lm = tiny_lm()
+        with torch.no_grad():
+            lm.model.model.layers[0].self_attn.o_proj.weight.zero_()
+        reader = add_row_reader(lm.model, 0, **SETTINGS, window=window)
+        with create_fact_bank(lm, reader, tmp_path / str(window), rows=50) as bank:
+            write_facts(lm, bank, {"one": "ab c", "two": "xb d"}, starts={"one": 2, "two": 2})
+            keys = bank.keys[:2] if len(bank.keys[0]) else bank.keys
+            found[window] = float((keys[0] * keys[1]).sum())
+    assert found[1] > 0.99
+    assert found[2] < 0.95
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_generation_with_a_window(tiny_lm, family):
+    lm = tiny_lm(family)
+    reader = trained(add_row_reader(lm.model, 0, **SETTINGS, window=2))
+    reader.rows = some_rows(reader)
+    lm.tokenizer.padding_side = "left"
+    prompts = ["the cat was", "in the morning the rain was over and a"]
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "use_cache": False}
+    batch = lm.tokenizer(prompts, return_tensors="pt", padding=True)
+    together = lm.model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
+    for prompt, row in zip(prompts, together, strict=True):
+        single = lm.tokenizer(prompt, return_tensors="pt")
+        alone = lm.model.generate(**single, **settings)[0, single["input_ids"].shape[1] :]
+        assert row[: len(alone)].equal(alone)
+    with pytest.raises(ModelError, match=r"looks at the last 2 positions.*use_cache=False"):
+        lm.model.generate(**batch, **settings | {"use_cache": True})
+    remove_beside(lm.model, reader)
+    lm.model.generate(**batch, **settings | {"use_cache": True})  # nothing is left of it
+
+
+def test_a_window_is_saved(tiny_lm, tmp_path):
+    model = tiny_lm().model
+    reader = trained(add_row_reader(model, 0, **SETTINGS, window=2))
+    save_row_reader(model, tmp_path)
+    other = tiny_lm().model
+    again = load_row_reader(other, tmp_path)
+    assert again.window == 2
+    rows = some_rows(reader)
+    reader.rows = again.rows = rows
+    assert model(IDS, use_cache=False).logits.equal(other(IDS, use_cache=False).logits)
+
+
+def test_training_never_has_two_rows_of_one_name(monkeypatch):
+    """A name that is written again with another answer could not be told from itself."""
+    model = tiny_model("llama")
+    reader = add_row_reader(model, 0, **SETTINGS)
+    seen = []
+
+    def loss(model, reader, asked, text, others=None):
+        found, made = real(model, reader, asked, text, others)
+        seen.append((len(asked), 0 if others is None else len(others)))
+        return found, made
+
+    real = reader_training.reader_loss
+    monkeypatch.setattr(reader_training, "reader_loss", loss)
+    generator = np.random.default_rng(0)
+
+    def episodes():
+        while True:
+            names = generator.permutation(6)[:4]
+            answers = generator.integers(100, 120, size=4)
+            pairs = zip(names.tolist(), answers.tolist(), strict=True)
+            asked = [Asked([0, 10 + name, answer], 2, [0, 50, 10 + name, answer], 3) for name, answer in pairs]
+            yield asked, IDS
+
+    train_reader(model, reader, episodes(), 12, show_progress=False)
+    assert seen[0] == (4, 0)
+    assert all(asked + others <= 6 for asked, others in seen), "six names are all there are"
+    assert seen[-1][1] == 2

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError, UnsupportedArchitecture
-from ..models import DecoderLayer, decoder_layers
+from ..models import DecoderLayer, decoder_layers, find_decoder
 from ._reader import RowReader
 
 
@@ -75,6 +76,8 @@ def remove_beside(model: Any, added: nn.Module) -> None:
         inner = _inner(layer) if layer.feed_forward else None
         if isinstance(inner, Beside) and inner.added is added:
             setattr(layer.module, str(layer.feed_forward), inner.inner)
+            if getattr(added, "hook", None) is not None:
+                added.hook.remove()  # type: ignore[union-attr]
             return
     raise ModelError(
         f"the {type(added).__name__} is beside no layer of this {type(model).__name__}; it was removed already"
@@ -105,10 +108,29 @@ def add_row_reader(model: Any, layer: int, **settings: Any) -> RowReader:
     Args:
         model: A Hugging Face causal LM.
         layer: Its number from 0; negative from the last. A layer about a third of the way up finds facts best.
-        **settings: Of `RowReader`: key_width, value_width, top_k.
+        **settings: Of `RowReader`: key_width, value_width, top_k, window.
     """
     width = model.get_input_embeddings().weight.shape[1]
     hidden = model.config.get_text_config().hidden_size
     reader = RowReader(hidden, width, **settings)
     put_beside(model, layer, reader)
+    if reader.window > 1:
+        found = weakref.ref(reader)
+        reader.hook = find_decoder(model).register_forward_pre_hook(
+            lambda module, args, kwargs: _look(found(), kwargs), with_kwargs=True
+        )
     return reader
+
+
+def _look(reader: RowReader | None, kwargs: dict[str, Any]) -> None:
+    """Tell a reader with a window which positions are text, and refuse a pass that does not have them all."""
+    if reader is None:
+        return
+    past = kwargs.get("past_key_values")
+    if past is not None and past.get_seq_length():
+        raise ModelError(
+            f"the reader of rows looks at the last {reader.window} positions, and a cache of keys and values leaves "
+            "earlier ones out; call generate(…, use_cache=False)"
+        )
+    mask = kwargs.get("attention_mask")
+    reader.known = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None

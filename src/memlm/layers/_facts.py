@@ -41,8 +41,9 @@ def hidden_of(model: Any, reader: RowReader, sequences: Sequence[Sequence[int]])
         sequences: Token ids.
 
     Returns:
-        What the reader sees, shape (texts, length − 1, width); the following token's input embedding, shape
-        (texts, length − 1, embedding width); and which positions have one, bool, shape (texts, length − 1).
+        What rows' keys are made of, `RowReader.windows`, shape (texts, length − 1, window × width); the following
+        token's input embedding, shape (texts, length − 1, embedding width); and which positions have one, bool, shape
+        (texts, length − 1).
     """
     embedding = model.get_input_embeddings()
     longest = max(map(len, sequences))
@@ -55,7 +56,8 @@ def hidden_of(model: Any, reader: RowReader, sequences: Sequence[Sequence[int]])
     with reader.reading(None):
         hidden = forward_to_site(model, site_of(model, reader), ids)
     known = (torch.arange(1, longest) < lengths[:, None]).to(ids.device)
-    return hidden.reshape(*ids.shape, -1)[:, :-1], embedding(ids[:, 1:]), known
+    windows = reader.windows(hidden.reshape(*ids.shape, -1))
+    return windows[:, :-1], embedding(ids[:, 1:]), known
 
 
 def rows_of(
@@ -69,10 +71,10 @@ def rows_of(
         sequences: Token ids.
         starts: Of each text the first token that gets a row, at least 1.
     """
-    hidden, following, known = hidden_of(model, reader, sequences)
+    windows, following, known = hidden_of(model, reader, sequences)
     first = torch.tensor(starts, device=known.device)[:, None] - 1
     known = known & (torch.arange(known.shape[1], device=known.device) >= first)
-    keys, values = reader.encode(hidden[known], following[known])
+    keys, values = reader.encode(windows[known], following[known])
     counts = known.sum(dim=1).tolist()
     return [TensorRows(*rows) for rows in zip(keys.split(counts), values.split(counts), strict=True)]
 

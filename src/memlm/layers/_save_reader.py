@@ -17,7 +17,7 @@ from ._facts import reader_of
 from ._reader import RowReader
 
 VERSION = 1
-_SHAPE = ("key_width", "value_width", "top_k")
+_SHAPE = ("key_width", "value_width", "top_k", "window")
 
 
 def save_row_reader(model: Any, folder: str | Path) -> None:
@@ -32,7 +32,8 @@ def save_row_reader(model: Any, folder: str | Path) -> None:
     layer = next(item.index for item in decoder_layers(model) if _is_beside(item, reader))
     described = {"format": "memlm-row-reader", "version": VERSION, "layer": layer}
     described |= {"model_type": model.config.model_type}
-    described |= dict(zip(_SHAPE, (reader.key.out_features, reader.value.out_features, reader.top_k), strict=True))
+    shape = reader.key.out_features, reader.value.out_features, reader.top_k, reader.window
+    described |= dict(zip(_SHAPE, shape, strict=True))
     tensors = {name: item.detach().cpu().contiguous() for name, item in reader.state_dict().items()}
     write_atomically(folder / "reader.safetensors", save(tensors))
     write_json(folder / "reader.json", described)
@@ -64,11 +65,12 @@ def load_row_reader(model: Any, folder: str | Path) -> RowReader:
         )
     reader = add_row_reader(model, layer, **shape)
     wanted = {name: item.shape for name, item in reader.state_dict().items()}
+    width = reader.query.in_features // reader.window
     if kind != model.config.model_type or wanted != {name: item.shape for name, item in tensors.items()}:
         remove_beside(model, reader)
         raise DatastoreMismatch(
             f"the reader in {folder} was trained in a {kind} model of another width or kind; this is a "
-            f"{model.config.model_type} of width {reader.query.in_features}: load the model that it was trained in"
+            f"{model.config.model_type} of width {width}: load the model that it was trained in"
         )
     reader.load_state_dict(tensors)
     return reader

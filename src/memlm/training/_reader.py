@@ -9,7 +9,6 @@ frozen model on the answers alone.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -64,7 +63,7 @@ class ReaderLoss:
 
 def reader_loss(
     model: Any, reader: RowReader, asked: Sequence[Asked], text: Tensor, others: TensorRows | None = None
-) -> tuple[ReaderLoss, TensorRows]:
+) -> tuple[ReaderLoss, list[TensorRows]]:
     """Write facts, ask for them, and read other text.
 
     Args:
@@ -75,7 +74,7 @@ def reader_loss(
         others: Rows that are in the table, too, and are not asked for.
 
     Returns:
-        The loss, and the rows of the facts.
+        The loss, and the rows of each fact.
 
     Raises:
         ConfigError: A question's answer is not in its fact.
@@ -110,16 +109,17 @@ def reader_loss(
         answers = output.logits[:, :-1].flatten(0, 1)[wanted > 0]
         output, there = forward_with_keys(model, site, {"input_ids": text})
         after = output.logits.float().log_softmax(dim=-1)
-    hidden = torch.cat([here[:, :-1].flatten(0, 1)[wanted >= 0], there.flatten(0, 1)])
+    here, there = (reader.windows(part.reshape(*ids.shape, -1)) for part, ids in ((here, questions), (there, text)))
+    windows = torch.cat([here[:, :-1].flatten(0, 1)[wanted >= 0], there.flatten(0, 1)])
     targets = torch.cat([wanted[wanted >= 0], wanted.new_zeros(text.numel())])
-    losses = F.cross_entropy(reader.scores(hidden, table.keys), targets, reduction="none")
+    losses = F.cross_entropy(reader.scores(windows, table.keys), targets, reduction="none")
     loss = ReaderLoss(
         answers=F.cross_entropy(answers.float(), questions[:, 1:].flatten()[wanted > 0]),
         found=losses[targets > 0].mean(),
         silent=losses[targets == 0].mean(),
         changed=F.kl_div(after.flatten(0, 1), before.flatten(0, 1), log_target=True, reduction="batchmean"),
     )
-    return loss, written
+    return loss, made
 
 
 def train_reader(
@@ -142,7 +142,8 @@ def train_reader(
         steps: Optimizer steps.
         learning_rate: Of AdamW, at its highest: it rises over the first twentieth and falls over the last 40 %.
         others: Rows of earlier steps that stay in the table, about, so that few facts a step are among many: as many as
-            the table will have, if that is affordable.
+            the table will have, if that is affordable. A fact that is written again replaces the one of before: what
+            stands before its answer is its name.
         show_progress: Show steps a second and time left on stderr.
         after: Called with the number of steps made and the loss of the last one.
     """
@@ -152,14 +153,21 @@ def train_reader(
     model.requires_grad_(False)
     reader.requires_grad_(True)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=learning_rate, weight_decay=0.0)
-    earlier: deque[TensorRows] = deque()
+    earlier: dict[tuple[int, ...], TensorRows] = {}  # the newest last
     try:
         with progress("reader", steps, "steps", show=show_progress) as advance:
             for step in range(steps):
-                loss, rows = reader_loss(model, reader, *next(episodes), _joined(earlier) if earlier else None)
-                earlier.append(TensorRows(rows.keys.detach(), rows.values.detach()))
-                while sum(map(len, earlier)) > others:
-                    earlier.popleft()
+                asked, text = next(episodes)
+                names = [tuple(item.fact[: item.place]) for item in asked]
+                for name in names:  # two rows of one name could not be told apart
+                    earlier.pop(name, None)
+                before = _joined(list(earlier.values())) if earlier else None
+                loss, made = reader_loss(model, reader, asked, text, before)
+                for name, rows in zip(names, made, strict=True):
+                    earlier.pop(name, None)
+                    earlier[name] = TensorRows(rows.keys.detach(), rows.values.detach())
+                while sum(map(len, earlier.values())) > others:
+                    del earlier[next(iter(earlier))]
                 optimizer.zero_grad()
                 loss.total.backward()
                 torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)

@@ -16,9 +16,10 @@ ARMS = {
 }
 DESCRIPTION = """
 A small Llama learns a language of two kinds of text, facts “name name answer”, which are others in every document, and
-sentences of a Markov chain; then it is frozen. A reader beside its last feed-forward layer is trained to use rows of a
+sentences of a Markov chain; then it is frozen. A reader beside its first feed-forward layer is trained to use rows of a
 table that one forward pass makes of each fact; in every step the answers are drawn anew. Half of all names never occur
-in that.
+in that. Names have two tokens, and the reader's queries and keys are made of two positions: the model itself puts too
+little of the first token into the state of the second.
 
 The test writes facts of those names into a table on disk, each by one forward pass, and asks for them after other
 words; then replaces and deletes them, half at a time. A row's number is the share of questions whose likeliest token is

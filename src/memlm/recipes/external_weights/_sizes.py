@@ -22,6 +22,8 @@ class Sizes:
         key_width: Of the rows.
         value_width: Of the rows.
         top_k: Rows read at each position.
+        window: Positions that a query or key is made of.
+        layer: Where the reader is.
         facts: Facts a step, in training the reader …
         steps: … and its steps.
         learning_rate: Of the reader, at its highest.
@@ -42,6 +44,8 @@ class Sizes:
     key_width: int = 32
     value_width: int = 32
     top_k: int = 8
+    window: int = 2
+    layer: int = 0
     facts: int
     steps: int
     learning_rate: float = 0.01
@@ -63,7 +67,7 @@ FULL = Sizes(
     length=64,
     model_steps=1200,
     facts=128,
-    steps=400,
+    steps=300,
     written=384,
     groups=32,
     text=128,

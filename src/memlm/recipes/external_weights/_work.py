@@ -34,7 +34,7 @@ def measure(task: Task) -> Measured:
     else:
         torch.manual_seed(task.seed)
         shape = {"key_width": sizes.key_width, "value_width": sizes.value_width, "top_k": sizes.top_k}
-        reader = add_row_reader(model, -1, **shape)
+        reader = add_row_reader(model, sizes.layer, window=sizes.window, **shape)
         episodes = _episodes(for_reader, sizes, misled=task.arm != "reader")
         train_reader(
             model,
