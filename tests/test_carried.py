@@ -170,3 +170,21 @@ def test_half_precision_and_autocast():
     model, ids = tiny_model("llama").eval(), ids_of(2, 24)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(in_segments(model, ids, 8, 64), model(ids).logits, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("family", ["mpt", "gpt_neo"])
+def test_models_that_count_places_refuse_to_go_on_behind_padding(family):
+    """Padding within a document would count as distance; behind a document's end it does not matter."""
+    carried = CarriedCache(tiny_model(family), 20)
+    ids = torch.randint(1, 40, (2, 6), generator=torch.Generator().manual_seed(0))
+    first = torch.ones(2, dtype=torch.bool)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    carried(ids, first, mask)
+    with pytest.raises(ModelError, match="counts distances by places in its cache"):
+        carried(ids, ~first)
+    carried.reset()
+    carried(ids, first, mask)
+    begins = torch.tensor([False, True])
+    found = carried(ids, begins).logits[1]
+    assert found.allclose(CarriedCache(tiny_model(family), 20)(ids[1:], first[1:]).logits[0], atol=1e-4)

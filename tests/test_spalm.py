@@ -19,9 +19,11 @@ from memlm.errors import ConfigError, ModelError
 from memlm.evidence import Belief, Evidence, Found, OutputEmbedding
 from memlm.mixtures import HeldOut, SpalmMixture, SteeredMixture, fit_spalm, fit_steered, load_mixture
 from memlm.mixtures._features import names
+from memlm.models import output_embedding
 from planted import network
 from tiny_memories import TEXTS as STORED
 from tiny_memories import lm_of, store
+from tiny_models import tiny_model
 
 VOCABULARY, WIDTH, K = 11, 6, 4
 PLANTED = 16
@@ -336,3 +338,18 @@ def test_a_black_box_shows_no_states():
     for ask in (lambda: box.output, lambda: next(box.score([np.arange(4)], hidden=True))):
         with pytest.raises(ModelError, match="behind an endpoint, which shows none"):
             ask()
+
+
+def test_under_autocast_it_still_is_a_distribution(tmp_path):
+    lm = lm_of("llama")
+    memory = store(lm, STORED, tmp_path / "store")
+    ids = torch.from_numpy(lm.tokenize(memlm.Document(id="a", text=TEXT)).ids)[None]
+    for mixture in mixtures_for(lm):
+        with attach(lm.model, memory, mixture), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            mixed = lm.model(input_ids=ids).logits[0]
+        np.testing.assert_allclose(mixed.double().exp().sum(dim=1), 1, atol=1e-5)
+
+
+def test_a_capped_model_in_half_precision_is_refused_too():
+    with pytest.raises(ModelError, match="scales or caps its logits"):
+        output_embedding(tiny_model("gemma2", dtype=torch.bfloat16))

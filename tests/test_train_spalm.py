@@ -1,17 +1,21 @@
 """Training with neighbors' next tokens: the loss, what comes with a batch, and runs from recipes."""
 
 import dataclasses
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from transformers import TrainingArguments
 
 import memlm
 from command_line import refused, run
 from memlm import Datastore, Document, evaluate
-from memlm.errors import ConfigError, ModelError
+from memlm.datastore._manifest import Manifest
+from memlm.errors import ConfigError, CorpusError, ModelError, UnsupportedArchitecture
 from memlm.mixtures import SpalmMixture, load_mixture
 from memlm.training import (
     SpalmBatches,
@@ -264,6 +268,9 @@ def test_what_a_run_leaves(finished, recipe, place):
     mixture = load_mixture(output / "spalm.json")
     assert isinstance(mixture, SpalmMixture)
     assert mixture.gate.shape[0] == mixture.gate.shape[1] > 1
+    assert mixture.gate.any()
+    assert mixture.k == 4
+    assert sum(map(len, safetensors.numpy.load_file(output / "valid-0.safetensors").values())) <= 120 + 3
     assert "SPALM, Yogatama et al. 2021" in (output / "model" / "README.md").read_text()
     lm = memlm.load(output / "model", device="cpu")
     assert not hasattr(lm.model, "spalm_gate")
@@ -274,9 +281,6 @@ def test_what_a_run_leaves(finished, recipe, place):
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_losses(finished, recipe, place, monkeypatch):
     output = place / "stopped"
-
-    class Stop(Exception):
-        pass
 
     def dies(staging, target):
         real(staging, target)
@@ -292,6 +296,119 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_losses(finished, recipe, p
     train_spalm(recipe, output, device="cpu", show_progress=False)
     assert losses_of(output) == losses_of(finished[0])
     assert load_mixture(output / "spalm.json").gate.equal(load_mixture(finished[0] / "spalm.json").gate)
+
+
+class Stop(BaseException):
+    """As if the process died."""
+
+
+def stops(*arguments, **settings):
+    raise Stop
+
+
+def test_a_run_that_is_through_but_for_its_last_files_keeps_its_gate(finished, recipe, place, monkeypatch):
+    expected = load_mixture(finished[0] / "spalm.json")
+    output = place / "last"
+    with monkeypatch.context() as patch:
+        patch.setattr(SpalmMixture, "save", stops)
+        with pytest.raises(Stop):
+            train_spalm(recipe, output, device="cpu", show_progress=False)
+    train_spalm(recipe, output, device="cpu", show_progress=False)
+    again = place / "again"
+    shutil.copytree(finished[0], again)
+    train_spalm(recipe, again, device="cpu", show_progress=False)
+    for folder in (output, again):
+        found = load_mixture(folder / "spalm.json")
+        assert found.gate.equal(expected.gate)
+        assert found.size == expected.size
+
+
+def test_a_run_that_died_before_its_datastore_had_a_version_goes_on(finished, recipe, place, monkeypatch):
+    output = place / "early"
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "publish", stops)
+        with pytest.raises(Stop):
+            train_spalm(recipe, output, device="cpu", show_progress=False)
+    (output / "datastore").mkdir()  # a process that dies cannot tidy up
+    (output / ".recipe.json.1.tmp").touch()
+    train_spalm(recipe, output, device="cpu", show_progress=False)
+    assert losses_of(output) == losses_of(finished[0])
+
+
+def test_a_text_that_is_there_twice_does_not_find_its_copy(place, recipe, tmp_path):
+    for number in range(4):
+        text = (place / "train" / f"{number}.txt").read_text()
+        for name in (f"{number}", f"{number}-copy"):
+            (tmp_path / "train").mkdir(exist_ok=True)
+            (tmp_path / "train" / f"{name}.txt").write_text(text)
+    twice = dataclasses.replace(recipe, train=[str(tmp_path / "train")])
+    train_spalm(twice, tmp_path / "run", device="cpu", show_progress=False)
+    assert Datastore(tmp_path / "run" / "datastore").manifest.documents == 4
+    found = safetensors.numpy.load_file(tmp_path / "run" / "train-neighbors.safetensors")["neighbors"]
+    stored = safetensors.numpy.load_file(tmp_path / "run" / "train.safetensors")
+    spans = itertools.pairwise(stored["starts"].tolist())
+    targets = np.concatenate([stored["ids"][first + 1 : stop] for first, stop in spans])
+    assert len(found) == len(targets)
+    assert (found[:, 0] == targets).mean() < 0.9
+
+
+def test_the_recipe_s_carry_is_that_of_the_loss(place, recipe, monkeypatch):
+    seen = []
+    real = SpalmLoss.__init__
+    monkeypatch.setattr(SpalmLoss, "__init__", lambda self, carry=0: seen.append(carry) or real(self, carry))
+    short = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, steps=1))
+    train_spalm(short, place / "carries", device="cpu", show_progress=False)
+    assert seen == [10]
+
+
+def test_what_cannot_be_carried_is_refused_before_anything_is_written(place, recipe, tmp_path):
+    for family, carry, error, said in (
+        ("gpt2", 125, ConfigError, "need 141 positions, and gpt2 has learned 128"),
+        ("mistral", 10, UnsupportedArchitecture, "keeps states that cannot be carried"),
+    ):
+        folder = tiny_folder(family, tmp_path / family)
+        trial = dataclasses.replace(recipe, from_=str(folder), batches=SpalmBatches(length=16, carry=carry))
+        with pytest.raises(error, match=said):
+            train_spalm(trial, tmp_path / "run", device="cpu", show_progress=False)
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CorpusError):
+        train_spalm(dataclasses.replace(recipe, valid=[str(tmp_path / "empty")]), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_loss_is_divided_by():
+    model, _ = opened()
+    batch = batch_of(2)
+    with torch.no_grad():
+        own, given = (SpalmLoss()(model, batch, update=0, updates=1, targets=targets) for targets in (None, 36))
+    assert float(given) == pytest.approx(float(own) * 9 / 36, rel=1e-5)
+
+
+def test_padding_behind_the_text_takes_no_position():
+    model, _ = opened("gpt2")
+    limit = model.config.n_positions
+    ids = torch.randint(1, 40, (1, limit - 2), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, 5:] = -100
+    neighbors = torch.full((1, limit - 2, 2), -1)
+    batch = {"input_ids": ids, "labels": labels, "neighbors": neighbors}
+    behind = batch | {"context": ids[:, :40], "context_tokens": torch.tensor([40])}
+    found = SpalmLoss(carry=40).log_probs(model, behind).with_memory
+    assert found.shape == (4,)
+    whole = torch.cat([ids[:, :40], ids[:, :5]], dim=1)
+    with torch.no_grad():
+        expected = model(whole).logits.log_softmax(dim=-1)[0, 40:44].gather(1, whole[0, 41:, None])[:, 0]
+    assert found.allclose(expected, atol=1e-4)
+
+
+def test_a_loss_serves_one_model_after_the_other():
+    loss, whole = SpalmLoss(carry=3), {name: part[:1] for name, part in batch_of(2).items()}
+    batch = whole | {"context": torch.tensor([[1, 2, 3]]), "context_tokens": torch.tensor([3])}
+    for seed in (0, 1):
+        model = tiny_model("llama", seed)
+        add_spalm_gate(model)
+        assert loss.log_probs(model, batch).with_memory.equal(SpalmLoss(carry=3).log_probs(model, batch).with_memory)
 
 
 def test_the_gate_alone(recipe, place):

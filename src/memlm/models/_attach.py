@@ -169,20 +169,21 @@ def _mix(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
     sizes = [len(item) if isinstance(item, Cache) else k for item, k in zip(memories, mixture.ks, strict=True)]
     together = max(1, _FOUND_TOGETHER // max(1, len(logits) * sum(sizes)))
     states = None if layer is None else last.states()  # (batch, kept, width)
-    parts = [
-        _mixed(
-            logits[:, some],
-            keys[:, some],
-            tokens,
-            past,
-            kept[some],
-            memories,
-            mixture,
-            layer,
-            None if states is None else states[:, some],
-        )
-        for some in torch.arange(len(kept)).split(together)
-    ]
+    with torch.autocast(logits.device.type, enabled=False):  # probabilities in bfloat16 would not add up to 1
+        parts = [
+            _mixed(
+                logits[:, some],
+                keys[:, some],
+                tokens,
+                past,
+                kept[some],
+                memories,
+                mixture,
+                layer,
+                None if states is None else states[:, some],
+            )
+            for some in torch.arange(len(kept)).split(together)
+        ]
     mixed = torch.cat(parts, dim=1)
     loss = None
     if labels is not None:

@@ -49,7 +49,8 @@ class CarriedCache:
             raise ConfigError(f"length is {length}; expected at least 1, the tokens to be carried")
         self._model, self.length = model, length
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-        self._limit = _position_limit(model)
+        self.limit = _position_limit(model)
+        self._takes_padding = True
         self.reset()
         self._check()
 
@@ -58,6 +59,7 @@ class CarriedCache:
         self._cache: DynamicCache | None = None
         self._seen: Tensor | None = None  # bool (rows, cached): what belongs to the row's document
         self._next: Tensor | None = None  # int64 (rows,): the next position
+        self._padded: Tensor | None = None  # bool (rows,): whether padding stands within the row's document
 
     def __call__(self, input_ids: Tensor, begins: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Any:
         """Read the next segment of every row.
@@ -73,7 +75,8 @@ class CarriedCache:
 
         Raises:
             ConfigError: Rows have changed in number, or learned positions are used up.
-            ModelError: The model is being trained with gradient checkpointing, which keeps no cache.
+            ModelError: The model is being trained with gradient checkpointing, which keeps no cache; or a row goes on
+                behind padding, in a model that counts distances by places in the cache (MPT, GPT-Neo).
         """
         model, rows = self._model, len(input_ids)
         if model.training and any(getattr(item, "gradient_checkpointing", False) for item in model.modules()):
@@ -83,20 +86,29 @@ class CarriedCache:
             self._cache = None
             self._seen = torch.zeros((rows, 0), dtype=torch.bool, device=input_ids.device)
             self._next = torch.zeros(rows, dtype=torch.long, device=input_ids.device)
+            self._padded = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
         if len(self._seen) != rows:
             raise ConfigError(f"the batch has {rows} rows, the one before had {len(self._seen)}; call reset() between")
         begins = begins.to(input_ids.device)
+        assert self._padded is not None
+        self._padded = self._padded & ~begins
+        if not self._takes_padding and bool(self._padded.any()):
+            raise ModelError(
+                f"{type(model).__name__} counts distances by places in its cache, where padding takes one; carry "
+                "segments without padding"
+            )
+        self._padded = self._padded | (mask == 0).any(dim=1)
         seen = self._seen & ~begins[:, None]
         start = self._next.masked_fill(begins, 0)
         stop = start + mask.sum(dim=1)
-        if self._limit is not None and int(stop.max()) > self._limit:
+        if self.limit is not None and int(stop.max()) > self.limit:
             raise ConfigError(
                 f"a document has reached position {int(stop.max())}, and {type(model).__name__} has learned "
-                f"{self._limit} positions; cut documents, or use a model with rotary or ALiBi positions"
+                f"{self.limit} positions; cut documents, or use a model with rotary or ALiBi positions"
             )
         if self._takes_positions:  # padding takes a position that exists
             places = start[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
-            settings["position_ids"] = places if self._limit is None else places.clamp(max=self._limit - 1)
+            settings["position_ids"] = places if self.limit is None else places.clamp(max=self.limit - 1)
         seen = torch.cat([seen, mask.bool()], dim=1)
         output = model(
             input_ids=input_ids, attention_mask=seen.long(), past_key_values=self._cache, use_cache=True, **settings
@@ -134,11 +146,16 @@ class CarriedCache:
             first = torch.ones(2, dtype=torch.bool, device=ids.device)
             self(ids[:, :4], first)
             parts = self(ids[:, 4:], ~first).logits.float()
+            padded = torch.cat([ids[:, :4], ids[:, :3]], dim=1)
+            self.length = 9
+            self(padded, first, (torch.arange(7, device=ids.device) < 4).long().expand(2, -1))
+            behind = self(ids[:, 4:], ~first).logits.float()
         finally:
             self._model.train(training)
             self.length = length
             self.reset()
         scale = float(whole.abs().max()) + 1e-6
+        self._takes_padding = float((whole - behind).abs().max()) <= 0.03 * scale
         if kind in _LENGTH_DEPENDENT or float((whole - parts).abs().max()) > 0.03 * scale:
             raise UnsupportedArchitecture(
                 f"{type(self._model).__name__} does not compute the same in segments as at once; expected full "

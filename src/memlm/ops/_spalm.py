@@ -15,9 +15,7 @@ from torch import Tensor
 _NOTHING = -1e30
 
 
-def spalm_memory(
-    hidden: Tensor, embeddings: Tensor, present: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def spalm_memory(hidden: Tensor, embeddings: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """Return what the neighbors' next tokens say together, and the share that each of them has in it.
 
     Tokens that come more than once count as often.
@@ -26,7 +24,6 @@ def spalm_memory(
         hidden: h, shape (n, d).
         embeddings: e(y_i) of the neighbors' next tokens, shape (n, k, d).
         present: Bool, shape (n, k).
-        bias: Added to the scores before the softmax, shape (n, k); None, as in the paper, for none.
 
     Returns:
         (m, log shares): shapes (n, d) and (n, k); in a row without neighbors m is 0 and no share is anything.
@@ -38,7 +35,7 @@ def spalm_memory(
         (tensor([[1., 0.]]), tensor([[1., 0.]]))
     """
     scores = torch.einsum("nkd,nd->nk", embeddings, hidden)  # (n, k)
-    scores = (scores if bias is None else scores + bias).masked_fill(~present, _NOTHING)
+    scores = scores.masked_fill(~present, _NOTHING)
     log_shares = scores.log_softmax(dim=1)
     memory = torch.einsum("nk,nkd->nd", log_shares.exp() * present, embeddings)
     return memory, log_shares.masked_fill(~present, -torch.inf)

@@ -27,6 +27,8 @@ def check_recipe(described: dict[str, Any], fixed: list[str], output: Path) -> N
     path = output / "recipe.json"
     if not path.exists():
         for other in output.iterdir() if output.exists() else ():
+            if other.name.startswith(".recipe.json."):  # a run that was killed before it had written anything
+                continue
             raise ConfigError(f"{output} holds {other.name}, which no run made; name a new folder")
         return
     before = json.loads(path.read_text(encoding="utf-8"))

@@ -15,8 +15,9 @@ from .. import ops
 from ..errors import ConfigError, ModelError
 from ..mixtures import SpalmMixture
 from ..models import CarriedCache, capture_hidden, output_embedding
-from ._trime import PLACES, TargetLogProbs, at_targets, targets_of
+from ._trime import IGNORED, PLACES, TargetLogProbs, at_targets, targets_of
 
+GATE = "spalm_gate."  # before the names of the gate's tensors in a model's state
 SPALM_FIELDS = ("neighbors", "context", "context_tokens")
 _FIRST_GATE, _FIRST_STEP = 3.0, 40.0  # as where the gate alone is fitted
 
@@ -38,7 +39,7 @@ class SpalmGate(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return g, shape (n, gates), of h, shape (n, width)."""
-        return nn.functional.linear(hidden, self.weight, self.bias).sigmoid()
+        return nn.functional.linear(hidden, self.weight.float(), self.bias.float()).sigmoid()
 
     def mixture(self, k: int) -> SpalmMixture:
         """Return what it has learned, for `attach`, `evaluate`, `explain` and `generate`."""
@@ -88,7 +89,7 @@ class SpalmLoss:
         if carry < 0:
             raise ConfigError(f"carry is {carry}; expected a number of tokens, 0 for none")
         self.carry = carry
-        self._carried: CarriedCache | None = None
+        self._carried: tuple[Any, CarriedCache] | None = None  # with the model that it is of
 
     def __call__(
         self, model: Any, batch: Mapping[str, Tensor], *, update: int, updates: int, targets: Tensor | int | None = None
@@ -137,16 +138,25 @@ class SpalmLoss:
         inputs = {name: value for name, value in batch.items() if name not in ("labels", *PLACES, *SPALM_FIELDS)}
         if not self.carry or not bool(batch["context_tokens"].any()):
             return model(**({"use_cache": False, "return_dict": True} | inputs))
-        carried = self._carried = self._carried or CarriedCache(model, self.carry)
-        context, count = batch["context"], batch["context_tokens"]
+        if self._carried is None or self._carried[0] is not model:
+            self._carried = model, CarriedCache(model, self.carry)
+        carried = self._carried[1]
+        context, count = batch["context"][:, : int(batch["context_tokens"].max())], batch["context_tokens"]
         none = count == 0
         mask = torch.arange(context.shape[1], device=context.device) < count[:, None]
         carried.reset()
         with torch.no_grad():  # a row without context reads its padding, and then forgets it
             carried(context, torch.ones_like(none), (mask | none[:, None]).long(), logits_to_keep=1)
-        output = carried(inputs.pop("input_ids"), none, **inputs)
+        output = carried(inputs.pop("input_ids"), none, _text(batch["labels"]), **inputs)
         carried.reset()
         return output
+
+
+def _text(labels: Tensor) -> Tensor:
+    """Return which positions of segments are text and not padding, int64, shape (rows, length); all of an empty row."""
+    last = (labels != IGNORED).long().flip(1).argmax(dim=1)  # positions after the last label
+    last = last.masked_fill((labels == IGNORED).all(dim=1), 0)
+    return (torch.arange(labels.shape[1], device=labels.device) < labels.shape[1] - last[:, None]).long()
 
 
 def _of(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ._recipe import build, read_table
 from ._trime_recipe import MAY_CHANGE, TrimeSchedule, check_numbers
 
+_MOST = 64  # neighbors of a token
 GATES, TRAINED = ("scalar", "vector"), ("all", "gate")
 
 
@@ -36,6 +37,8 @@ class SpalmSettings:
 
     def __post_init__(self) -> None:
         check_numbers("memory", self, "k", least=1)
+        if self.k > _MOST:
+            raise ConfigError(f"memory has k = {self.k}; expected at most {_MOST}, which every token brings along")
         for name, known in (("gates", GATES), ("trained", TRAINED)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"memory has {name} = {getattr(self, name)!r}; expected {' or '.join(known)}")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.numpy
+from safetensors import safe_open
+from torch import Tensor
 
 from ..datastore import Datastore
 from ..documents import Corpus
-from ..errors import ConfigError
+from ..errors import ConfigError, DatastoreError
 from ..files import atomic_writer, write_json
-from ..models import LanguageModel, load
+from ..models import CarriedCache, LanguageModel, load
 from ._card import write_spalm_card
 from ._run import check_recipe, file_names, published
-from ._run_trainer import begun, check_reports, check_texts, device_of, last_checkpoint, run_to_the_end
-from ._spalm import SpalmLoss, add_spalm_gate
+from ._run_trainer import check_reports, check_texts, device_of, last_checkpoint, run_to_the_end
+from ._spalm import GATE, SpalmLoss, add_spalm_gate
 from ._spalm_data import SpalmSegments, neighbor_tokens, spalm_segments
 from ._spalm_recipe import SpalmRecipe
 from ._trime_data import documents_of
@@ -49,12 +53,15 @@ def train_spalm(
     device = device_of(device, recipe.schedule.autocast)
     check_reports(recipe.schedule.report_to)
     check_texts([*recipe.train, *recipe.valid])
-    check_recipe(recipe.describe(), recipe.fixed() if begun(output) else recipe.fixed()[:6], output)
+    check_recipe(recipe.describe(), recipe.fixed(), output)
+    for path in [*recipe.train, *recipe.valid]:
+        next(iter(Corpus([path])))  # raises where there is no text
     start = load(recipe.from_, device=device)
     if recipe.batches.length > start.positions:
         raise ConfigError(
             f"length = {recipe.batches.length} is longer than the {start.positions} positions of {start.name}"
         )
+    _check_carry(recipe, start)
     add_spalm_gate(start.model, gates=recipe.memory.gates)  # refuses a model before anything is written
     del start.model.spalm_gate
     output.mkdir(parents=True, exist_ok=True)
@@ -69,7 +76,9 @@ def train_spalm(
     checkpoint = last_checkpoint(output)
     lm = start if checkpoint is None else load(checkpoint, device=device)
     lm.model.requires_grad_(recipe.memory.trained == "all")
-    gate = add_spalm_gate(lm.model, gates=recipe.memory.gates)  # a checkpoint's is filled in by the Trainer
+    gate = add_spalm_gate(lm.model, gates=recipe.memory.gates)
+    if checkpoint is not None:
+        gate.load_state_dict(_gate_of(checkpoint))
     loss = SpalmLoss(recipe.batches.carry)
     options = {"device": device, "show": show_progress}
     steps, clock, losses = run_to_the_end(recipe.schedule, lm, loss, train, valid, output, **options)
@@ -94,13 +103,40 @@ def train_spalm(
 
 
 def _stored(recipe: SpalmRecipe, lm: LanguageModel, output: Path, show: bool) -> Datastore:
-    """Return the datastore of the training text; a build that was broken off goes on."""
+    """Return the datastore of the training text, every text once; a build that was broken off goes on.
+
+    A document that is stored twice would find its own entries in the copy.
+    """
     folder = output / "datastore"
     if folder.exists():
-        memory = Datastore(folder)
-        if memory.manifest.complete:
-            return memory
-    return Datastore.build(lm, recipe.train, folder, show_progress=show)
+        with suppress(DatastoreError):  # killed before there was anything to open
+            memory = Datastore(folder)
+            if memory.manifest.complete:
+                return memory
+    once = {hashlib.sha256(item.text.encode()).digest(): item for item in Corpus(recipe.train)}
+    return Datastore.build(lm, list(once.values()), folder, show_progress=show)
+
+
+def _gate_of(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the gate that a checkpoint of the Trainer holds beside the model."""
+    found = {}
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(GATE)}  # noqa: SIM118
+    return {name.removeprefix(GATE): tensor for name, tensor in found.items()}
+
+
+def _check_carry(recipe: SpalmRecipe, start: LanguageModel) -> None:
+    """Refuse a model that cannot carry so many tokens, before anything is written."""
+    carry, length = recipe.batches.carry, recipe.batches.length
+    if not carry:
+        return
+    limit = CarriedCache(start.model, carry).limit
+    if limit is not None and carry + length > limit:
+        raise ConfigError(
+            f"carry = {carry} and length = {length} need {carry + length} positions, and {start.name} has learned "
+            f"{limit}; lower one of them"
+        )
 
 
 def _segments(

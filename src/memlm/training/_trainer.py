@@ -112,6 +112,10 @@ class TrimeTrainer(Trainer):
             metrics[f"{metric_key_prefix}_perplexity{name}"] = math.exp(min(total / max(targets, 1), 700.0))
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Leave a gate's size out of weight decay, as a bias is."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_size")]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(dataset) if hasattr(dataset, "__len__") else None
