@@ -27,6 +27,7 @@ from . import (
     _info,
     _merge,
     _overlap,
+    _parquet,
     _recipes,
     _remove,
     _train,
@@ -46,6 +47,8 @@ app.command("update")(_add.update)
 app.command("remove")(_remove.remove)
 app.command("merge")(_merge.merge)
 app.command("compact")(_compact.compact)
+app.command("export")(_parquet.export)
+app.command("import")(_parquet.import_)
 app.command("history")(_history.history)
 app.command("rollback")(_history.rollback)
 app.command("verify")(_verify.verify)
