@@ -24,6 +24,7 @@ from . import (
     _explain,
     _generate,
     _history,
+    _hub,
     _info,
     _merge,
     _overlap,
@@ -49,6 +50,8 @@ app.command("merge")(_merge.merge)
 app.command("compact")(_compact.compact)
 app.command("export")(_parquet.export)
 app.command("import")(_parquet.import_)
+app.command("push")(_hub.push)
+app.command("pull")(_hub.pull)
 app.command("history")(_history.history)
 app.command("rollback")(_history.rollback)
 app.command("verify")(_verify.verify)

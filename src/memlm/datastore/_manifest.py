@@ -122,6 +122,10 @@ class Manifest:
         settings = {"written": now(), "change": change, "parent": parent, "kept": kept, **fields}
         return replace(self, version=self.version + 1, **settings)
 
+    def alone(self) -> Manifest:
+        """Return this version as one that knows of no earlier one, for a copy that takes none of them along."""
+        return replace(self, parent=None, kept={**self.kept, "oldest": self.version})
+
     def _check_values(self, version: int) -> None:
         """Raise ValueError where a value has the right type but cannot be."""
         if self.version != version:
