@@ -17,7 +17,7 @@ from ._parquet import NAME, arrow, schema, settings_of
 from ._segment import Segment
 from ._version import Version
 
-_GROUP_BYTES = 32 << 20  # of texts and keys in a row group, about; what writer and reader hold in memory
+_GROUP_BYTES = 8 << 20  # of texts and keys in a row group, about; what writer and reader hold in memory
 
 
 def export_documents(version: Version, file: Path, *, keys: bool, show_progress: bool) -> None:
