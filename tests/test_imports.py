@@ -24,6 +24,7 @@ ALLOWED = {
     "index": EVERYWHERE | {"neighbors", "datastore"},
     "datastore": EVERYWHERE | {"neighbors", "documents", "index"},
     "models": EVERYWHERE | {"cache", "documents", "ops"},
+    "sharing": EVERYWHERE - {"evidence", "tensors"} | {"datastore"},
     "layers": EVERYWHERE - {"evidence"} | {"ops", "models"},
 }
 
@@ -114,7 +115,7 @@ def test_the_public_names_are_sorted_and_resolve():
 
 
 @pytest.mark.parametrize(
-    "part", ["datastore", "evaluation", "index", "layers", "mixtures", "models", "ops", "training"]
+    "part", ["datastore", "evaluation", "index", "layers", "mixtures", "models", "ops", "sharing", "training"]
 )
 def test_the_names_of_a_part_resolve(part):
     module = import_module(f"memlm.{part}")

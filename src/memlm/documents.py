@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -68,8 +69,8 @@ class Corpus:
 
 def describe(source: Any) -> str:
     """Return a short name for a corpus source, for messages and the manifest."""
-    if isinstance(source, (str, Path)):
-        return _without_surrogates(str(source))
+    if isinstance(source, (str, os.PathLike)):
+        return _without_surrogates(os.fspath(source))
     if isinstance(source, Corpus):
         return describe(source.source)
     if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, Path)) for item in source):

@@ -7,6 +7,7 @@ MemlmError
 ├── ModelError             a model or tokenizer that cannot be loaded or used
 │   ├── UnsupportedArchitecture   no key site was found in the model
 │   └── EndpointError      a model behind an endpoint that cannot be reached, or answers something else
+├── HubError               a repository on a hub that cannot be reached, read or written
 └── DatastoreError         a datastore that cannot be opened or used
     ├── DatastoreMismatch  it was built with another model, tokenizer, key site or metric
     ├── DatastoreCorrupt   its files are damaged or unsafe
@@ -45,6 +46,10 @@ class UnsupportedArchitecture(ModelError):
 
 class EndpointError(ModelError):
     """A model behind an endpoint could not be reached, or did not answer as it should."""
+
+
+class HubError(MemlmError):
+    """A repository on a hub could not be reached, or may not be read or written."""
 
 
 class DatastoreError(MemlmError):

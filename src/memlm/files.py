@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from .errors import ConfigError
 
 
 @contextmanager
@@ -24,6 +29,55 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that becomes `path` when the block ends without an error.
+
+    On an error nothing is left of it. What a killed process left there is removed by the next one: a folder is locked
+    while it is written, and a lock dies with its process.
+
+    Raises:
+        ConfigError: `path` exists.
+        OSError: It cannot be made.
+    """
+    refuse_existing(path)
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError), _descriptor(left) as folder:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        with _descriptor(temporary) as folder:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield temporary
+            os.fsync(folder)
+            refuse_existing(path)
+            temporary.rename(path)
+        sync_directory(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _descriptor(folder: Path) -> Iterator[int]:
+    """Open a folder for the block."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise ConfigError where there is anything at `path`."""
+    if os.path.lexists(path):
+        raise ConfigError(f"{path} exists already; name a new one, or remove it first")
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -44,11 +98,8 @@ def json_bytes(value: Any) -> bytes:
 
 def sync_directory(path: Path) -> None:
     """Make renames inside `path` survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with _descriptor(path) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_file(path: Path) -> None:

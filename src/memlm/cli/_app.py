@@ -24,9 +24,11 @@ from . import (
     _explain,
     _generate,
     _history,
+    _hub,
     _info,
     _merge,
     _overlap,
+    _parquet,
     _recipes,
     _remove,
     _train,
@@ -46,6 +48,10 @@ app.command("update")(_add.update)
 app.command("remove")(_remove.remove)
 app.command("merge")(_merge.merge)
 app.command("compact")(_compact.compact)
+app.command("export")(_parquet.export)
+app.command("import")(_parquet.import_)
+app.command("push")(_hub.push)
+app.command("pull")(_hub.pull)
 app.command("history")(_history.history)
 app.command("rollback")(_history.rollback)
 app.command("verify")(_verify.verify)

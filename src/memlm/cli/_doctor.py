@@ -60,7 +60,8 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for name in ("memlm", "torch", "transformers", "tokenizers", "faiss-cpu", "safetensors", "numpy", "datasets"):
+    packages = ("torch", "transformers", "tokenizers", "faiss-cpu", "safetensors", "numpy", "datasets", "pyarrow")
+    for name in ("memlm", *packages):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

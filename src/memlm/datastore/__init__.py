@@ -1,6 +1,7 @@
 """The datastore: entries and documents on disk."""
 
 from ._datastore import Datastore as Datastore
+from ._import import Export as Export
 from ._manifest import FORMAT_VERSION as FORMAT_VERSION
 from ._manifest import Manifest as Manifest
 from ._pointers import Pointed as Pointed
@@ -14,6 +15,7 @@ from ._version import Version as Version
 __all__ = [
     "FORMAT_VERSION",
     "Datastore",
+    "Export",
     "Manifest",
     "Pointed",
     "Pointers",

@@ -12,6 +12,8 @@ from ..index import build_index, check_factory
 from ._build import Encoder, add_documents, build_segments
 from ._change import merge_documents, remove_documents, rollback_to
 from ._compact import compact_segments
+from ._export import export_documents
+from ._import import Export, import_documents
 from ._manifest import Manifest
 from ._part import Part
 from ._version import Version
@@ -262,6 +264,69 @@ class Datastore(Version):
         """Show the current version, which others may have written."""
         if Manifest.load(self.path) != self.manifest:
             self._open(verify=True)
+
+    def to_parquet(self, file: str | Path, *, keys: bool = False, show_progress: bool = False) -> None:
+        """Export all documents of this version into one Parquet file, a row each; what was removed is left out.
+
+        Columns: `id`, `text`, `metadata` (as JSON), `values` (token ids of the entries), `spans` (where these tokens
+        stand in the text, in characters), and `keys`. What the datastore is bound to is in the file's metadata.
+
+        Args:
+            file: To make; must not exist.
+            keys: Also the keys, so that `from_parquet` needs no model.
+            show_progress: Show rate and time left on stderr.
+
+        Raises:
+            ConfigError: The file exists, or pyarrow is not installed.
+            DatastoreError: An id is not valid UTF-8, which Parquet does not take.
+        """
+        export_documents(self, Path(file), keys=keys, show_progress=show_progress)
+
+    @classmethod
+    def from_parquet(
+        cls,
+        file: str | Path,
+        path: str | Path,
+        encoder: Encoder | None = None,
+        *,
+        index: str = "auto",
+        show_progress: bool = True,
+    ) -> Datastore:
+        """Make a datastore of an export: with its keys where no encoder is given, else with new ones.
+
+        With its keys, it holds the same as the exported version, in segments of the same content, and is bound to the
+        same encoder; it appears at `path` in one step. With an encoder it is built as `build` does it, with the metric
+        and the type of keys of the exported datastore.
+
+        Args:
+            file: That `to_parquet` wrote.
+            path: Folder to make.
+            encoder: Makes the keys.
+            index: "auto", "exact", or a FAISS factory string; see `build_index`.
+            show_progress: Show rate and time left on stderr.
+
+        Raises:
+            ConfigError: The folder exists, there are no keys and no encoder, or pyarrow is not installed.
+            DatastoreCorrupt: The file is damaged, or not one that `to_parquet` wrote.
+            IndexError_: The index cannot be built.
+            OSError: The disk is full. On this and all other errors nothing is left, but what `build` leaves.
+        """
+        export, path = Export(file), Path(path)
+        manifest = export.manifest
+        if encoder is not None:
+            kind, dtype = manifest.metric, manifest.keys["dtype"]
+            settings = {"index": index, "metric": kind, "key_dtype": dtype, "show_progress": show_progress}
+            return cls.build(encoder, export, path, **settings)
+        if not export.has_keys:
+            raise ConfigError(f"{file} has no keys; name the model that is to make them, or export it with keys")
+        check_factory(index, manifest.keys["width"], manifest.metric)
+
+        def index_of(folder: Path, draft: Manifest) -> Part | None:
+            version = Version(folder, draft, verify=False)
+            return build_index(version.keys, folder / "index", index, name="000001", show_progress=show_progress)
+
+        import_documents(export, path, index_of, show_progress=show_progress)
+        return cls(path, verify=False)
 
     def history(self) -> list[dict[str, Any]]:
         """Return the versions that are kept, the oldest first, as plain values."""

@@ -94,11 +94,9 @@ class Manifest:
 
     @property
     def content_sha256(self) -> str:
-        """Fingerprint of everything stored, whatever the index: the same for every copy."""
-        files: dict[str, Any] = {
-            part.name: {name: file["sha256"] for name, file in part.files.items()} for part in self.segments
-        }
-        deleted = {part.name: part.details["deleted"]["documents"] for part in self.segments}
+        """Fingerprint of everything stored, whatever the index and the names of segments: the same for every copy."""
+        files = [{name: file["sha256"] for name, file in part.files.items()} for part in self.segments]
+        deleted = [part.details["deleted"]["documents"] for part in self.segments]
         return content_sha256({"encoder": self.encoder["sha256"], "segments": files, "deleted": deleted})
 
     def _content(self) -> dict[str, Any]:
@@ -123,6 +121,10 @@ class Manifest:
         kept = {**self.kept, "oldest": oldest, **fields.pop("kept", {})}
         settings = {"written": now(), "change": change, "parent": parent, "kept": kept, **fields}
         return replace(self, version=self.version + 1, **settings)
+
+    def alone(self) -> Manifest:
+        """Return this version as one that knows of no earlier one, for a copy that takes none of them along."""
+        return replace(self, parent=None, kept={**self.kept, "oldest": self.version})
 
     def _check_values(self, version: int) -> None:
         """Raise ValueError where a value has the right type but cannot be."""
@@ -224,19 +226,30 @@ class Manifest:
             if content_sha256(content) != sha256:
                 raise ValueError("it is another one than the version after it, or current.json, names")
             content.pop("format"), content.pop("format_version")
-            check_fields(content, _SHAPE, "the manifest")
-            segments = tuple(part_of(item) for item in content.pop("segments"))
-            index = content.pop("index")
-            if index is not None:
-                check_fields(index, _INDEX_SHAPE, "index")
-            manifest = cls(**content, segments=segments, index=None if index is None else part_of(index))
-            manifest._check_values(version)
-            return manifest
+            return cls.of(content, version)
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise DatastoreCorrupt(
                 f"{file} is not a sound manifest ({type(error).__name__}: {error}); restore it from a copy or build "
                 "again"
             ) from error
+
+    @classmethod
+    def of(cls, content: dict[str, Any], version: int) -> Manifest:
+        """Return the manifest that a stranger's JSON object describes, all fields of it checked.
+
+        Raises:
+            ValueError, TypeError, KeyError: It cannot be one.
+        """
+        check_fields(content, _SHAPE, "the manifest")
+        segments = tuple(part_of(item) for item in content["segments"])
+        index = content["index"]
+        if index is not None:
+            check_fields(index, _INDEX_SHAPE, "index")
+            index = part_of(index)
+        others = {name: value for name, value in content.items() if name not in ("segments", "index")}
+        manifest = cls(**others, segments=segments, index=index)
+        manifest._check_values(version)
+        return manifest
 
     def history(self, path: Path) -> Iterator[Manifest]:
         """Yield this version and those before it that are kept, the newest first; raises as `load` does."""

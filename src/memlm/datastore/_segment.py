@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..documents import Document
 from ..errors import CorpusError, DatastoreCorrupt, KeyOverflow, ModelError, ShapeError
 from ..tensors import Layout, create_tensors, map_bytes, open_tensors
 from ._part import Part
@@ -57,10 +58,15 @@ class Stored(NamedTuple):
                 f"the tokens of {document.id!r} have ids from {ids.min()} to {ids.max()}; expected 0 to "
                 f"{vocab_size - 1}: the tokenizer does not belong to this model"
             )
+        return cls.with_entries(document, ids[1:], item.spans[1:])
+
+    @classmethod
+    def with_entries(cls, document: Document, values: npt.NDArray[Any], spans: npt.NDArray[Any]) -> Stored:
+        """Return a document with the values and spans of its entries in this form; raises CorpusError as `of`."""
         digest = sha256(document.text)
         row = {"id": document.id, "sha256": digest.hex(), "metadata": plain_metadata(document)}
         line = json.dumps({**row, "text": document.text}, ensure_ascii=True).encode() + b"\n"
-        return cls(line, sha256(document.id), digest, ids[1:], item.spans[1:])
+        return cls(line, sha256(document.id), digest, values, spans)
 
 
 class SegmentWriter:

@@ -21,6 +21,7 @@ from ..text import count
 from ._keys import StoredKeys
 from ._manifest import Manifest
 from ._part import Part
+from ._segment import Segment
 from ._stored import Directory, Place, open_segments
 
 
@@ -246,6 +247,11 @@ class Version:
         """Yield id, sha256, metadata, text and `entries` [from, to) of every document."""
         for place in self._directory:
             yield {**self._directory.document(place), "entries": self._range(place)}
+
+    def live_documents(self) -> Iterator[tuple[Segment, npt.NDArray[np.int64]]]:
+        """Yield every segment with the numbers of its documents that are not deleted."""
+        for segment, deleted in zip(self._segments, self._directory.deleted, strict=True):
+            yield segment, np.flatnonzero(~deleted)
 
     def entry_ranges(self) -> Iterator[tuple[int, int]]:
         """Yield the entries [from, to) of every document, in order."""
