@@ -18,6 +18,7 @@ from . import (
     _build,
     _compact,
     _compare,
+    _compress,
     _demo,
     _doctor,
     _eval,
@@ -46,6 +47,7 @@ app.command("update")(_add.update)
 app.command("remove")(_remove.remove)
 app.command("merge")(_merge.merge)
 app.command("compact")(_compact.compact)
+app.command("compress")(_compress.compress)
 app.command("history")(_history.history)
 app.command("rollback")(_history.rollback)
 app.command("verify")(_verify.verify)
