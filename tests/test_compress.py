@@ -18,6 +18,7 @@ from memlm.datastore._codec import Codec
 from memlm.datastore._fit_codec import fit_codec
 from memlm.datastore._part import Part
 from memlm.errors import ConfigError, DatastoreCorrupt, DatastoreError, DatastoreMismatch, KeyOverflow, ShapeError
+from memlm.index import auto_factory
 
 QUIET = {"show_progress": False}
 METRICS = ["squared_l2", "inner_product"]
@@ -196,7 +197,7 @@ def test_search_finds_what_brute_force_over_the_codes_finds(tmp_path, metric, ke
     if index != "IVF2,Flat" or memory.index.details["nprobe"] == 2:
         assert_finds(memory)
         assert_finds(Datastore(memory.path))
-    exact = index in ("Flat", "IVF2,Flat") or (key_dtype, index) == ("float16", "IVF1,SQfp16")
+    exact = index in ("Flat", "IVF2,Flat") or (key_dtype, index) in (("float16", "IVF1,SQfp16"), ("int8", "IVF1,SQ8"))
     assert memory.index.details.get("stores_keys", True) == (exact or index == "exact")
 
 
@@ -403,3 +404,9 @@ def test_a_codec_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     part = codec.write(tmp_path, "000001", {"dtype": "float16", "width": 12})
     again = Codec.open(tmp_path, part, {"dtype": "int8", "width": 3}, verify=True)
     assert again.encode(sample()).equal(codec.encode(sample()))
+
+
+def test_the_index_of_int8_keys_holds_them_in_8_bits():
+    assert auto_factory(1_000_000, 128, "int8") == "IVF1024,SQ8"
+    assert auto_factory(1_000_000, 128, "float16") == "IVF1024,SQfp16"
+    assert auto_factory(10_000, 128, "int8") == "exact"

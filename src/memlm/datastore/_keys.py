@@ -48,6 +48,15 @@ class StoredKeys:
         """Entry numbers in use, those of deleted entries among them: every number is below it."""
         return int(self.starts[-1])
 
+    @property
+    def grid(self) -> tuple[Tensor, Tensor] | None:
+        """Least place of each number's grid, and the step between its 256 places, float32, shape (width,) each; None
+        where keys are not stored in "int8".
+        """
+        if self.codec is None or self.key_dtype != "int8":
+            return None
+        return self.codec.offset - 128 * self.codec.step, self.codec.step
+
     def key_blocks(self, rows: int = 1 << 16, start: int = 0) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """Yield (first entry, keys as float32 of shape (at most `rows`, width)) from an entry on, also deleted ones."""
         for begin, segment in zip(self.starts, self.segments, strict=False):

@@ -40,7 +40,8 @@ def auto_factory(entries: int, width: int, key_dtype: str) -> str:
     Returns:
         "exact" for a small one; then inverted lists that hold the keys in their own 16-bit type, so that distances are
         those of the stored keys; then, beyond what memory holds, 8-bit lists whose proposals are ranked again. Keys
-        that are stored in 8 bits get those at once.
+        that are stored in 8 bits get 8-bit lists at once, on their own grid, so that distances are those of the stored
+        keys.
 
     Example:
         >>> auto_factory(10_000, 256, "float16"), auto_factory(1_000_000, 256, "float16")

@@ -36,6 +36,14 @@ _FETCHED_AT_ONCE = 1 << 24  # proposals of one search without selector
 _STORES_KEYS = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat, faiss.IndexNSGFlat)
 
 
+# Types of FAISS's scalar quantizer whose codes are the stored keys themselves; on a grid, where it is the keys' own
+_SAME_TYPES = {
+    "float16": faiss.ScalarQuantizer.QT_fp16,
+    "bfloat16": faiss.ScalarQuantizer.QT_bf16,
+    "int8": faiss.ScalarQuantizer.QT_8bit,
+}
+
+
 class FaissIndex:
     """A FAISS index over the first entries of a datastore, opened for searching.
 
@@ -257,16 +265,17 @@ def _train(keys: Keys, factory: str) -> tuple[Any, bool]:
     ivf = faiss.try_extract_index_ivf(index)
     kind = faiss.downcast_index(index)  # what stands before it, such as a PCA, changes distances
     stores_keys = type(kind) in _STORES_KEYS
-    if type(kind) is faiss.IndexIVFScalarQuantizer:
-        same = {"float16": faiss.ScalarQuantizer.QT_fp16, "bfloat16": faiss.ScalarQuantizer.QT_bf16}
-        if kind.sq.qtype == same.get(keys.key_dtype):
-            kind.by_residual = False  # the codes are then the stored keys themselves
-            stores_keys = True
+    if type(kind) is faiss.IndexIVFScalarQuantizer and kind.sq.qtype == _SAME_TYPES[keys.key_dtype]:
+        kind.by_residual = False  # the codes are then the stored keys themselves
+        stores_keys = True
     if index.is_trained:
         return index, stores_keys
     size = min(keys.slots, max(1 << 16, _TRAINING_KEYS_A_LIST * (ivf.nlist if ivf is not None else 256)))
     chosen = np.sort(np.random.default_rng(0).choice(keys.slots, size, replace=False))
     index.train(keys.gather_keys(chosen).numpy())
+    if stores_keys and keys.grid is not None and type(kind) is faiss.IndexIVFScalarQuantizer:
+        low, step = keys.grid  # code c of FAISS stands for low + (c + 1/2) / 255 · width
+        faiss.copy_array_to_vector(torch.cat([low - step / 2, 255 * step]).numpy(), kind.sq.trained)
     return index, stores_keys
 
 

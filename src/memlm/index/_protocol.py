@@ -32,7 +32,14 @@ class Keys(Protocol):
 
     @property
     def key_dtype(self) -> str:
-        """Type in which keys are stored: "float16", "bfloat16", or "int8" for a grid that FAISS does not know."""
+        """Type in which keys are stored: "float16", "bfloat16", or "int8" for places of a grid."""
+        ...
+
+    @property
+    def grid(self) -> tuple[Tensor, Tensor] | None:
+        """Least place of each number's grid of 256, and the step between places, float32, shape (width,) each; None
+        where keys are not stored in "int8".
+        """
         ...
 
     @property
