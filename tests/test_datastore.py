@@ -116,6 +116,14 @@ def test_values_take_the_smallest_type_that_holds_the_vocabulary(tmp_path, vocab
     assert memory.lookup(np.zeros((1, 8), np.float32), 2)[1].dtype == torch.int64
 
 
+def test_a_vocabulary_that_cannot_be_is_refused(tmp_path):
+    for size in (0, (1 << 22) + 1, 10**40):
+        with pytest.raises(ModelError, match=f"the vocabulary has {size} tokens; expected 1 to 4194304"):
+            build([Document("a", "xyz")], tmp_path / "memory", FakeEncoder(vocab_size=size))
+        assert not (tmp_path / "memory").exists()
+    assert len(build([Document("a", "xyz")], tmp_path / "memory", FakeEncoder(vocab_size=1 << 22)))
+
+
 def test_a_token_outside_the_vocabulary_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="'a' have ids from 0 to 233; expected 0 to 199"):
         build([Document("a", "é")], tmp_path / "memory", FakeEncoder(vocab_size=200))

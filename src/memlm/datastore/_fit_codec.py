@@ -38,7 +38,7 @@ def fit_codec(keys: Tensor, width: int, key_dtype: str, metric: str) -> Codec:
     if not len(keys):
         raise ConfigError("there are no keys to fit a codec to; expected at least one entry: add documents first")
     keys = keys.float()
-    mean = torch.zeros(keys.shape[1]) if metric == INNER_PRODUCT else keys.double().mean(dim=0).float()
+    mean = torch.zeros(keys.shape[1]) if metric == INNER_PRODUCT else keys.mean(dim=0, dtype=torch.float64).float()
     moments = torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64)
     for block in keys.split(_BLOCK):
         centered = (block - mean).double()
