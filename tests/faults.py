@@ -54,6 +54,10 @@ def compact(path):
     Datastore(path).compact(**QUIET)
 
 
+def compress(path):
+    Datastore(path).compress(4, **QUIET)
+
+
 def merge(path):
     Datastore(path).merge(path.parent / "other", replace=True, **QUIET)
 
@@ -65,7 +69,7 @@ def publish_carelessly(self, path):
     write_json(path / manifest_name(self.version), {**self._content(), "sha256": digest})
 
 
-OPERATIONS = {function.__name__: function for function in (build, add, remove, compact, merge)}
+OPERATIONS = {function.__name__: function for function in (build, add, remove, compact, compress, merge)}
 CALLS = [
     (os, "fsync"),
     (os, "mkdir"),

@@ -28,6 +28,7 @@ VERBS = [
     "remove",
     "merge",
     "compact",
+    "compress",
     "history",
     "rollback",
     "verify",

@@ -1,11 +1,12 @@
 """The command line on a datastore that changes, verb by verb."""
 
 import json
+import re
 import shutil
 
 import pytest
 
-from command_line import TEXTS, make_world, refused, run
+from command_line import SETTINGS, TEXTS, make_world, refused, run
 from memlm import Datastore
 
 KEYS = "segments/000000/keys.safetensors"
@@ -83,6 +84,30 @@ def test_a_day_in_the_life_of_a_datastore(world, place):
         assert run(verb, world.model, "memory", world.texts / "valid").code in (0, 2)
 
 
+def test_keys_are_compressed(world, place):
+    before = documents()
+    shown = run("compress", "memory")
+    assert shown.code == 0, shown.err
+    assert re.match(r"memory: keys of 16 × int8, [\d.]+ kB → [\d.]+ kB, search: exact; now \d+ entries of 3", shown.out)
+    assert "copying" in shown.err
+    assert documents() == before
+    assert "compressed from 32 × float16 to 16 × int8" in run("info", "memory").out
+    assert result_of("info", "memory")["keys"] == {"dtype": "int8", "width": 16}
+    assert result_of("add", world.model, "memory", "new.txt")["documents"] == 4
+    for verb, text in (("eval", world.texts / "test"), ("explain", "The cat was")):
+        assert run(verb, world.model, "memory", text, *SETTINGS).code == 0
+    recomputed = run("doctor", "memory", "--model", world.model)
+    assert recomputed.code == 0, recomputed.err
+    assert run("verify", "memory").out == "memory: sound\n"
+    words = "the keys of memory are compressed already, to 16 × int8; build again to compress them in another way"
+    assert words in refused("compress", "memory", place=place)
+    shutil.rmtree("memory")
+    shutil.copytree(world.memory, "memory")
+    result = result_of("compress", "memory", "--width", "32", "--keys", "float16", "--index", "IVF2,Flat")
+    assert result["keys"] == {"dtype": "float16", "width": 32}
+    assert Datastore("memory").index.details["factory"] == "IVF2,Flat"
+
+
 def test_verify_finds_damage(place):
     data = bytearray((place / "memory" / KEYS).read_bytes())
     data[-1] ^= 1
@@ -103,6 +128,11 @@ def test_verify_finds_damage(place):
         (["merge", "memory", "nowhere"], "nowhere holds no datastore"),
         (["compact", "nowhere"], "nowhere holds no datastore"),
         (["compact", "memory", "--index", "nonsense"], "FAISS does not take 'nonsense'"),
+        (["compress", "nowhere"], "nowhere holds no datastore"),
+        (["compress", "memory", "--width", "0"], "width is 0; expected 1 to 32, the numbers in a key"),
+        (["compress", "memory", "--width", "33"], "width is 33; expected 1 to 32, the numbers in a key"),
+        (["compress", "memory", "--keys", "int4"], "key type is 'int4'; expected int8 or float16"),
+        (["compress", "memory", "--index", "nonsense"], "FAISS does not take 'nonsense'"),
         (["audit", "nowhere", "a"], "nowhere holds no datastore"),
         (["history", "nowhere"], "nowhere holds no datastore"),
         (["audit", "memory", "a", "--text", "nowhere.txt"], "nowhere.txt"),

@@ -103,8 +103,7 @@ def test_keys_are_rounded_to_the_type_of_storage(tmp_path, key_dtype, dtype):
     expected = torch.empty(len(memory), 8)
     for rows, keys in FakeEncoder().keys([FakeEncoder().tokenize(document).ids]):
         expected[rows] = keys
-    assert all_keys(memory).dtype == dtype
-    assert all_keys(memory).equal(expected.to(dtype))
+    assert all_keys(memory).equal(expected.to(dtype).float())
     assert Datastore(memory.path).manifest.keys == {"dtype": key_dtype, "width": 8}
 
 
@@ -115,6 +114,14 @@ def test_values_take_the_smallest_type_that_holds_the_vocabulary(tmp_path, vocab
     assert memory.values.tolist() == [ord("x"), vocab_size - 1]
     assert memory.manifest.values == {"dtype": dtype}
     assert memory.lookup(np.zeros((1, 8), np.float32), 2)[1].dtype == torch.int64
+
+
+def test_a_vocabulary_that_cannot_be_is_refused(tmp_path):
+    for size in (0, (1 << 22) + 1, 10**40):
+        with pytest.raises(ModelError, match=f"the vocabulary has {size} tokens; expected 1 to 4194304"):
+            build([Document("a", "xyz")], tmp_path / "memory", FakeEncoder(vocab_size=size))
+        assert not (tmp_path / "memory").exists()
+    assert len(build([Document("a", "xyz")], tmp_path / "memory", FakeEncoder(vocab_size=1 << 22)))
 
 
 def test_a_token_outside_the_vocabulary_is_an_error(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from memlm import Datastore
 
 PAGE = (Path(__file__).parents[1] / "docs/datastore-format.md").read_text(encoding="utf-8")
-TYPES = {"U8": "u1", "F16": "<f2", "BF16": "<u2", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
+TYPES = {"I8": "i1", "U8": "u1", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
 
 
 def read_manifest(folder):
@@ -22,7 +22,7 @@ def read_manifest(folder):
     others = {name: value for name, value in content.items() if name != "sha256"}
     text = json.dumps(others, sort_keys=True, separators=(",", ":"))
     assert content["sha256"] == sha256(text.encode("ascii")).hexdigest() == pointer["sha256"]
-    assert (content["format"], content["format_version"]) == ("memlm-datastore", 2)
+    assert (content["format"], content["format_version"]) == ("memlm-datastore", 3)
     assert content["version"] == pointer["version"]
     return content
 
@@ -63,8 +63,8 @@ def test_a_reader_written_from_the_page(key_dtype, index, tiny_lm, documents, tm
     Datastore(folder).remove(gone.id)
     manifest = read_manifest(folder)
     table = set(re.findall(r"^\| `([^`]+)` \|", PAGE.split("## Manifest")[1].split("## Entries")[0], re.MULTILINE))
-    assert fields(manifest) | {"index", "parent"} == {
-        name for name in table if index != "exact" or "index." not in name
+    assert fields(manifest) | {"index", "parent", "codec"} == {
+        name for name in table if not name.startswith("codec.") and (index != "exact" or "index." not in name)
     }
     for part in manifest["segments"]:
         raw = {name: (folder / "segments" / part["name"] / name).read_bytes() for name in part["files"]}
@@ -88,3 +88,32 @@ def test_a_reader_written_from_the_page(key_dtype, index, tiny_lm, documents, tm
             for i in {0, min(5, len(ids) - 2), len(ids) - 2}:
                 np.testing.assert_allclose(keys[start + i], key_at(lm, manifest, ids, i), rtol=0.01, atol=0.01)
     assert next(stored, None) is None
+
+
+@pytest.mark.parametrize(("key_dtype", "width"), [("int8", 20), ("float16", 32)])
+def test_a_reader_of_compressed_keys_written_from_the_page(key_dtype, width, tiny_lm, documents, tmp_path):
+    lm, folder = tiny_lm(context=6, stride=5), tmp_path / "memory"
+    memory = Datastore.build(lm, documents, folder, segment_entries=80, show_progress=False)
+    memory.compress(width, key_dtype)
+    manifest = read_manifest(folder)
+    table = set(re.findall(r"^\| `([^`]+)` \|", PAGE.split("## Manifest")[1].split("## Entries")[0], re.MULTILINE))
+    assert fields(manifest) | {"index", "parent", "codec"} == {
+        name for name in table if "index." not in name and "deleted.documents[" not in name and "parent." not in name
+    }
+    part, built = manifest["codec"], manifest["codec"]["details"]["keys"]
+    raw = (folder / "codec" / part["name"] / "codec.safetensors").read_bytes()
+    assert part["files"] == {"codec.safetensors": {"bytes": len(raw), "sha256": sha256(raw).hexdigest()}}
+    codec, shapes = read_tensors(raw), {"V": built["width"], "W": manifest["keys"]["width"]}
+    for name, tensor in codec.items():
+        shape = re.search(rf"^\| `codec\.safetensors` \| `{name}` \| `F32` \| \(([VW, ]+)\)", PAGE, re.MULTILINE)[1]
+        assert tensor.shape == tuple(shapes[letter] for letter in shape.split(", "))
+    document = documents[0]
+    text = lm.tokenizer(document.text, add_special_tokens=False)
+    ids = [manifest["tokenizer"]["start"], *text["input_ids"], manifest["tokenizer"]["end"]]
+    codes = read_tensors((folder / "segments" / manifest["segments"][0]["name"] / "keys.safetensors").read_bytes())
+    for i in range(0, len(ids) - 1, 9):
+        projected = (key_at(lm, manifest, ids, i) - codec["mean"]) @ codec["projection"]
+        stored = codec["offset"] + codec["step"] * codes["keys"][i]
+        np.testing.assert_allclose(
+            stored, projected, rtol=0.01, atol=0.01 + codec["step"].max() / 2 * (key_dtype == "int8")
+        )

@@ -1,6 +1,7 @@
 """Random injuries to a datastore, and forged manifests: an error, or the right answers; never a crash or a wrong one.
 
-A sample here; MEMLM_KILLS, as in test_faults, makes it 1,000 injuries and 10,000 manifests, half of each with an index.
+A sample here; MEMLM_KILLS, as in test_faults, makes it 1,500 injuries and 15,000 manifests: without an index, with one,
+and with compressed keys.
 """
 
 import copy
@@ -25,12 +26,14 @@ pytestmark = pytest.mark.timeout(1200)
 QUERIES = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
 
 
-@pytest.fixture(scope="module", params=["exact", "IVF2,SQfp16"])
+@pytest.fixture(scope="module", params=["exact", "IVF2,SQfp16", "compressed"])
 def memory(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("injured") / "memory"
-    memory = Datastore.build(
-        FakeEncoder(), random_documents(5, 40), path, index=request.param, segment_entries=90, show_progress=False
-    )
+    index = request.param if request.param != "compressed" else "exact"
+    settings = {"segment_entries": 90, "show_progress": False}
+    memory = Datastore.build(FakeEncoder(), random_documents(5, 40), path, index=index, **settings)
+    if request.param == "compressed":
+        memory.compress(5, index="IVF2,SQ8", **settings)
     memory.add(FakeEncoder(), random_documents(6, 40)[5:])
     memory.remove("d1")
     return memory
@@ -95,7 +98,7 @@ def test_no_injury_changes_an_answer_silently(memory):
 
 def test_an_injury_is_not_noticed_where_checksums_are_not_compared(memory):
     """The test above can fail: without checksums, a flipped bit of a key changes distances silently."""
-    file = memory.path / "segments" / "000000" / "keys.safetensors"
+    file = memory.path / "segments" / memory.manifest.segments[0].name / "keys.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 0x40]))
     assert Datastore(memory.path, verify=False)

@@ -62,6 +62,7 @@ def test_a_newer_format_is_told_from_a_damaged_one(changed, version):
 PATHS = ["../000000", "/etc", "a/b", "..", "", "000000\n", "000000/../000000", "C:", "0\0", 7, None]
 FILES = ["../keys.safetensors", "/etc/passwd", ".hidden", "a/b.c", "keys", "keys.safetensors\n", ""]
 SUM = {"bytes": 1, "sha256": "0"}
+KEYS = {"dtype": "float16", "width": 32}
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,18 @@ SUM = {"bytes": 1, "sha256": "0"}
         ("encoder/sha256", None),
         ("encoder/key_site", {}),
         ("tokenizer/vocab_size", -1),
+        ("tokenizer/vocab_size", 0),
+        ("tokenizer/vocab_size", (1 << 22) + 1),
+        ("tokenizer/vocab_size", 10**40),
+        ("keys/dtype", "int8"),
+        ("codec", {}),
+        ("codec", []),
+        ("codec", {"name": "000001", "files": {}, "details": {"keys": {"dtype": "float16", "width": 32}}}),
+        ("codec", {"name": "000001", "files": {"codec.safetensors": SUM}, "details": {}}),
+        ("codec", {"name": "..", "files": {"codec.safetensors": SUM}, "details": {"keys": KEYS}}),
+        ("codec", {"name": "000001", "files": {"codec.safetensors": SUM}, "details": {"keys": KEYS}}),
+        ("codec", {"name": "1", "files": {"codec.safetensors": SUM}, "details": {"keys": {**KEYS, "width": 31}}}),
+        ("codec", {"name": "1", "files": {"codec.safetensors": SUM}, "details": {"keys": {**KEYS, "dtype": "int8"}}}),
         ("keys/dtype", "float64"),
         ("keys/width", 31),
         ("keys/width", 0),

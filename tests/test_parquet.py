@@ -345,3 +345,14 @@ def test_a_missing_package_is_one_clear_line(world, tmp_path, monkeypatch):
     words = "Parquet files need pyarrow, which is not installed; pip install pyarrow"
     assert words in refused("export", world.memory, tmp_path / "m.parquet", place=tmp_path)
     assert words in refused("import", tmp_path / "m.parquet", "--output", tmp_path / "m", place=tmp_path)
+
+
+def test_compressed_keys_stay_where_they_are(tmp_path):
+    """An export has keys as a model gave them; without keys it is as good as any."""
+    memory = build(random_documents(4), tmp_path / "memory")
+    memory.compress(memory.width // 2)
+    with pytest.raises(ConfigError, match=r"the keys are compressed.*export without keys"):
+        memory.to_parquet(tmp_path / "memory.parquet", keys=True)
+    assert not (tmp_path / "memory.parquet").exists()
+    memory.to_parquet(tmp_path / "memory.parquet", keys=False)
+    assert Export(tmp_path / "memory.parquet").manifest.keys["width"] == memory.width

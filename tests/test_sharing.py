@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import constants, get_token
 
@@ -276,3 +277,15 @@ def test_the_commands_with_the_client_s_own_settings(hub, place):
     assert hub.objects
     done = run("pull", NAME, "other")
     assert done.out.startswith(f"other: {NAME}, sound; now 808 entries of 8 documents, version ")
+
+
+def test_compressed_keys_travel_with_their_codec(hub, place):
+    memory = Datastore("memory")
+    memory.compress(memory.width // 2)
+    push("memory", NAME)
+    assert any(name.startswith("codec/") for name in hub.repositories[NAME].commits[-1][1])
+    again = pull(NAME, place / "again")
+    assert content(again) == content(memory)
+    assert verify(place / "again") == []
+    queries = memory.keys.gather_keys(np.arange(5)).numpy()
+    assert queries.shape[1] == again.keys.width < memory.width

@@ -209,6 +209,15 @@ def test_a_fitted_gate_opens_where_neighbors_are_right(fit):
     assert float((shuffled.log_probs(fit(shuffled, BASE)) - shuffled.lm_log_probs).mean()) < 0.1 * gain
 
 
+@pytest.mark.parametrize("fit", [fit_spalm, fit_steered])
+def test_without_a_neighbor_there_is_nothing_to_fit(fit):
+    held, _ = planted_text(20)
+    found = held.evidence.memories[0]
+    nothing = held.evidence._replace(memories=(found._replace(present=torch.zeros_like(found.present)),))
+    with pytest.raises(ConfigError, match="no target has a neighbor"):
+        fit(dataclasses.replace(held, evidence=nothing), BASE)
+
+
 def test_a_gate_a_dimension_is_fitted_too():
     held, _ = planted_text(1500)
     mixture = fit_spalm(held, BASE, gates=PLANTED)

@@ -71,6 +71,16 @@ class Life(RuleBasedStateMachine):
         self.changed()
         assert len(self.memory.history()) == 1
 
+    @rule(width=st.integers(1, 8), key_dtype=st.sampled_from(["int8", "float16"]))
+    def compress(self, width, key_dtype):
+        if not self.held or self.memory.manifest.codec is not None:
+            with pytest.raises(DatastoreError, match=r"compressed already|has no entries"):
+                self.memory.compress(width, key_dtype)
+            return
+        self.memory.compress(width, key_dtype, segment_entries=self.entries)
+        self.kept = {}
+        self.changed()
+
     @rule(data=st.data())
     def rollback(self, data):
         version = data.draw(st.sampled_from(sorted(self.kept)))
@@ -116,7 +126,9 @@ class Life(RuleBasedStateMachine):
     def search(self):
         """Every stored key finds itself, or its equal, and only what is held."""
         entries = np.concatenate([np.arange(*item["entries"]) for item in self.memory.documents()])
-        queries = self.memory.keys.gather_keys(entries).float().numpy()
+        queries, codec = self.memory.keys.gather_keys(entries).numpy(), self.memory.keys.codec
+        if codec is not None:  # as the model would have to see them
+            queries = queries @ codec.projection.numpy().T + codec.mean.numpy()
         found = self.memory.search(queries, min(3, len(self.memory)))
         assert np.isin(found.entries[found.present], entries).all()
         exact = self.memory.index.details.get("factory", "exact") != "HNSW4"

@@ -18,6 +18,7 @@ _TYPES: dict[str, Any] = {
     "F16": np.float16,
     "F32": np.float32,
     "BF16": np.int16,
+    "I8": np.int8,
     "U8": np.uint8,
     "U16": np.uint16,
     "U32": np.uint32,

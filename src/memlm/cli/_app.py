@@ -18,6 +18,7 @@ from . import (
     _build,
     _compact,
     _compare,
+    _compress,
     _demo,
     _doctor,
     _eval,
@@ -48,6 +49,7 @@ app.command("update")(_add.update)
 app.command("remove")(_remove.remove)
 app.command("merge")(_merge.merge)
 app.command("compact")(_compact.compact)
+app.command("compress")(_compress.compress)
 app.command("export")(_parquet.export)
 app.command("import")(_parquet.import_)
 app.command("push")(_hub.push)

@@ -97,8 +97,10 @@ def _recompute(memory: Any, model: str, count: int) -> dict[str, Any]:
         first, _ = stored["entries"]
         ids = lm.tokenize(Document(id=stored["id"], text=stored["text"])).ids[:_SAMPLED_TOKENS]
         for rows, keys in lm.keys([ids]):
-            old = memory.keys.gather_keys(rows.numpy() + first).float()
+            old = memory.keys.gather_keys(rows.numpy() + first)
             new = keys.float().cpu()
+            if memory.keys.codec is not None:
+                new = memory.keys.codec.decode(memory.keys.codec.encode(new))
             differences.append((old - new).norm(dim=1) / new.norm(dim=1).clamp_min(1e-12))
     difference = torch.cat(differences).nan_to_num(nan=torch.inf).clamp_max(1e9)  # JSON has no infinity
     return {

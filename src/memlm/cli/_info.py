@@ -33,10 +33,16 @@ def _described(info: dict[str, Any]) -> str:
         "from": f"{corpus['source']}{left_out}",
         "model": f"{encoder['name']} ({encoder['architecture']}, {encoder['dtype']}), {encoder['sha256'][:12]}",
         "tokenizer": f"{info['tokenizer']['vocab_size']:,} tokens, {info['tokenizer']['sha256'][:12]}",
-        "keys": f"{site['name']} ({site['path']}, {site['tensor']}), {info['keys']['width']} × {info['keys']['dtype']}",
+        "keys": f"{site['name']} ({site['path']}, {site['tensor']}), {_numbers(info)}",
         "windows": f"{info['windows']['stride']} tokens after {info['windows']['context']} of context",
         "metric": common.metric_name(info["metric"]),
         "search": search,
         "files": "all match their checksums",
     }
     return "\n".join([info["path"], *(f"  {name:<10} {value}" for name, value in lines.items())])
+
+
+def _numbers(info: dict[str, Any]) -> str:
+    """Say what a stored key is made of."""
+    stored, made = (f"{keys['width']} × {keys['dtype']}" for keys in (info["keys"], info["encoder_keys"]))
+    return stored if info["keys"] == info["encoder_keys"] else f"compressed from {made} to {stored}"

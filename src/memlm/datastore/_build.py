@@ -17,10 +17,11 @@ import numpy as np
 from torch import Tensor
 
 from ..documents import Corpus, Document, describe
-from ..errors import ConfigError, CorpusError, DatastoreError
+from ..errors import ConfigError, CorpusError, DatastoreError, ModelError
 from ..progress import progress
-from ._manifest import CURRENT, FIRST_KEPT, Manifest, manifest_name, now, read_current
-from ._segment import KEY_TYPES, Stored, value_type
+from ._codec import open_codec
+from ._manifest import CURRENT, FIRST_KEPT, KEY_TYPES, MOST_TOKENS, Manifest, manifest_name, now, read_current
+from ._segment import STORED_TYPES, Stored, value_type
 from ._stored import Directory, Place, with_deleted
 from ._writing import is_own, locked, segment_used, sweep, write_segment, writing
 
@@ -142,6 +143,8 @@ def _empty(encoder: Encoder, metric: str, key_dtype: str, source: str) -> Manife
 
     identity = encoder.identity
     size = identity["tokenizer"]["vocab_size"]
+    if not 0 < size <= MOST_TOKENS:
+        raise ModelError(f"the vocabulary has {size} tokens; expected 1 to {MOST_TOKENS}: use another tokenizer")
     return Manifest(
         version=0,
         created=now(),
@@ -159,6 +162,7 @@ def _empty(encoder: Encoder, metric: str, key_dtype: str, source: str) -> Manife
         corpus={"source": source, "skipped": 0, "complete": False},
         segments=(),
         index=None,
+        codec=None,
     )
 
 
@@ -193,7 +197,7 @@ def _building(path: Path, empty: Manifest) -> Iterator[Manifest]:
         if not existed and not any(path.iterdir()):
             path.rmdir()
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            size = KEY_TYPES[empty.keys["dtype"]][1].itemsize * empty.keys["width"] + 20
+            size = STORED_TYPES[empty.keys["dtype"]][1].itemsize * empty.keys["width"] + 20
             raise DatastoreError(f"{error}. An entry takes about {size} bytes") from error.__cause__
         raise
 
@@ -223,11 +227,11 @@ def _unfinished(path: Path, empty: Manifest) -> Manifest:
     if manifest.complete:
         raise DatastoreError(f"{path} exists already (it holds a datastore); name a new folder, or remove it")
     manifest.check_bound({"encoder": empty.encoder, "tokenizer": empty.tokenizer})
-    for name in ("metric", "keys", "windows"):
-        if getattr(manifest, name) != getattr(empty, name):
+    for name, here in (("metric", manifest.metric), ("keys", manifest.encoder_keys), ("windows", manifest.windows)):
+        if here != getattr(empty, name):
             raise DatastoreError(
-                f"{path} holds an unfinished build whose {name} is {getattr(manifest, name)}, not "
-                f"{getattr(empty, name)}; go on with the same settings, or remove it"
+                f"{path} holds an unfinished build whose {name} is {here}, not {getattr(empty, name)}; "
+                "go on with the same settings, or remove it"
             )
     return manifest
 
@@ -271,11 +275,12 @@ def _publish(
     """Write a group as a segment and publish it as the next version."""
     stored = [Stored.of(item, manifest.tokenizer["vocab_size"]) for item in group.items]
     total = sum(len(item.values) for item in stored)
+    codec = open_codec(path, manifest)
     with progress("reading keys", total, show=show_progress) as advance:  # a bar a segment
 
         def keys() -> Iterator[tuple[Tensor, Tensor]]:
             for rows, block in encoder.keys(item.ids for item in group.items):
-                yield rows, block
+                yield rows, block if codec is None else codec.encode(block)
                 advance(len(rows))
 
         part = write_segment(path, manifest, stored, keys())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from ..errors import ConfigError, DatastoreError, DatastoreMismatch
 from ..progress import progress
 from ..text import count
+from ._codec import open_codec
 from ._manifest import Manifest
+from ._part import CODEC_FILE, Part
 from ._segment import Segment
 from ._stored import Directory, Place, with_deleted
 from ._writing import segment_used, write_segment, writing
@@ -54,11 +56,14 @@ def merge_documents(
     theirs = Manifest.load(other)
     source = Directory.open(other, theirs)
     added = replaced = 0
-    _check_alike(Manifest.load(path), theirs)
+    _check_alike(Manifest.load(path), theirs)  # before the lock, which writes
     with writing(path, "merge") as manifest, progress("copying", theirs.entries, show=show_progress) as advance:
+        _check_alike(manifest, theirs)
+        codec = None if theirs.codec is not None else open_codec(path, manifest)
+        encode = None if codec is None else codec.encode
         directory = Directory.open(path, manifest)
         for group in by_size(source, _new(source, directory, replace_others=replace_others), segment_entries):
-            part = copy_documents(path, manifest, source, group, advance)
+            part = copy_documents(path, manifest, source, group, advance, encode)
             places = [directory.with_id(source.document(place)["id"]) for place in group]
             others = [place for place in places if place is not None]
             change = f"merge {count(len(group), 'document')} of {other.name}"
@@ -104,8 +109,24 @@ def by_size(directory: Directory, places: Iterable[Place], entries: int) -> Iter
         yield group
 
 
-def copy_documents(path: Path, manifest: Manifest, source: Directory, places: list[Place], advance: Any) -> Any:
-    """Write a segment with copies of stored documents."""
+def copy_documents(
+    path: Path,
+    manifest: Manifest,
+    source: Directory,
+    places: list[Place],
+    advance: Any,
+    encode: Callable[[Tensor], Tensor] | None = None,
+) -> Part:
+    """Write a segment with copies of stored documents.
+
+    Args:
+        path: The datastore's folder, held for writing.
+        manifest: The version to which the segment will be added.
+        source: Where the documents are.
+        places: Which of them.
+        advance: Called with the number of entries copied.
+        encode: Makes stored keys of the new kind of those that are there; None copies them as they are.
+    """
     stored = [source.segments[place.segment].stored(place.number) for place in places]
 
     def keys() -> Iterator[tuple[Tensor, Tensor]]:
@@ -113,7 +134,7 @@ def copy_documents(path: Path, manifest: Manifest, source: Directory, places: li
         for place in places:
             segment: Segment = source.segments[place.segment]
             block = segment.keys[segment.rows(place.number)]
-            yield torch.arange(start, start + len(block)), block
+            yield torch.arange(start, start + len(block)), block if encode is None else encode(block)
             start += len(block)
             advance(len(block))
 
@@ -139,11 +160,19 @@ def _new(source: Directory, directory: Directory, *, replace_others: bool) -> It
 
 
 def _check_alike(one: Manifest, other: Manifest) -> None:
-    """Raise DatastoreMismatch unless the keys of two datastores can lie in one."""
+    """Raise DatastoreMismatch unless the other's keys can lie in the one: as they are, or encoded with its codec."""
     one.check_bound({"encoder": other.encoder, "tokenizer": other.tokenizer})
-    for name in ("metric", "keys"):
-        if getattr(one, name) != getattr(other, name):
+    for name, mine, theirs in (
+        ("metric", one.metric, other.metric),
+        ("keys", one.encoder_keys, other.encoder_keys),
+    ):
+        if mine != theirs:
             raise DatastoreMismatch(
-                f"the datastores have the {name} {getattr(one, name)} and {getattr(other, name)}; build one of them "
-                "again, like the other"
+                f"the datastores have the {name} {mine} and {theirs}; build one of them again, like the other"
             )
+    if other.codec is not None and (one.codec is None or one.codec.files != other.codec.files):
+        mine = "not compressed" if one.codec is None else f"compressed by {one.codec.files[CODEC_FILE]['sha256'][:12]}"
+        raise DatastoreMismatch(
+            f"the keys to merge are compressed by the codec {other.codec.files[CODEC_FILE]['sha256'][:12]}, those here "
+            f"are {mine}; merge first and compress then, or build the other again"
+        )

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from ..progress import progress
 from ._change import by_size, copy_documents
 from ._manifest import Manifest
@@ -29,16 +31,39 @@ def compact_segments(
         show_progress: Show rate and time left on stderr.
     """
     with writing(path, "compact") as manifest:
-        old = Directory.open(path, manifest)
-        draft = manifest.following("compact")
-        draft = replace(draft, parent=None, segments=(), index=None)
-        with progress("copying", manifest.entries, show=show_progress) as advance:
-            for group in by_size(old, old, segment_entries):
-                part = copy_documents(path, draft, old, group, advance)
-                draft = replace(draft, segments=(*draft.segments, part), kept={**draft.kept, **segment_used(draft)})
-        first = manifest.kept["next_segment"]
-        kept = {**draft.kept, "oldest": draft.version, "first_segment": first, "first_index": draft.version}
-        draft = replace(draft, kept=kept)
-        compacted = replace(draft, index=index_of(draft))
-        compacted.publish(path)
-        sweep(path, compacted)
+        old, draft = Directory.open(path, manifest), manifest.following("compact")
+        rewrite(path, old, draft, index_of, segment_entries=segment_entries, show_progress=show_progress)
+
+
+def rewrite(
+    path: Path,
+    old: Directory,
+    draft: Manifest,
+    index_of: Callable[[Manifest], Part | None],
+    encode: Callable[[Tensor], Tensor] | None = None,
+    *,
+    segment_entries: int,
+    show_progress: bool,
+) -> None:
+    """Publish a version that holds copies of all documents and knows no earlier one, and remove those.
+
+    Args:
+        path: The datastore's folder, held for writing.
+        old: The documents.
+        draft: The version, whose segments and index are still the earlier ones.
+        index_of: As of `compact_segments`.
+        encode: As of `copy_documents`.
+        segment_entries: Entries a segment, about.
+        show_progress: Show rate and time left on stderr.
+    """
+    first, entries = draft.kept["next_segment"], draft.entries
+    draft = replace(draft, parent=None, segments=(), index=None)
+    with progress("copying", entries, show=show_progress) as advance:
+        for group in by_size(old, old, segment_entries):
+            part = copy_documents(path, draft, old, group, advance, encode)
+            draft = replace(draft, segments=(*draft.segments, part), kept={**draft.kept, **segment_used(draft)})
+    kept = {**draft.kept, "oldest": draft.version, "first_segment": first, "first_index": draft.version}
+    draft = replace(draft, kept=kept)
+    finished = replace(draft, index=index_of(draft))
+    finished.publish(path)
+    sweep(path, finished)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from ..index import build_index, check_factory
 from ._build import Encoder, add_documents, build_segments
 from ._change import merge_documents, remove_documents, rollback_to
 from ._compact import compact_segments
+from ._compress import compress_segments
 from ._export import export_documents
+from ._fit_codec import check_codec
 from ._import import Export, import_documents
 from ._manifest import Manifest
 from ._part import Part
@@ -237,18 +239,62 @@ class Datastore(Version):
         Raises:
             DatastoreError: Another process writes, or the disk is full; nothing has changed then.
         """
-
-        def index_of(draft: Manifest) -> Part | None:
-            before = self.manifest.index
-            factory = index or (before.details["factory"] if before else "auto")
-            version = Version(self.path, draft, verify=False)
-            name = f"{draft.version:06d}"
-            return build_index(version.keys, self.path / "index", factory, name=name, show_progress=show_progress)
-
         self.refresh()
-        check_factory(index or "auto", self.width, self.metric)
+        before = self.manifest.index
+        check_factory(index or "auto", self.keys.width, self.metric)
+        index_of = self._indexing(index or (before.details["factory"] if before else "auto"), show_progress)
         compact_segments(self.path, index_of, segment_entries=segment_entries, show_progress=show_progress)
         self.refresh()
+
+    def compress(
+        self,
+        width: int,
+        key_dtype: str = "int8",
+        *,
+        index: str = "auto",
+        segment_entries: int = SEGMENT_ENTRIES,
+        show_progress: bool = False,
+    ) -> None:
+        """Store keys as fewer and shorter numbers: their principal components, in 8 bits each; see `Codec`.
+
+        Keys that are added later are compressed in the same way, queries are projected when they are searched for.
+        Everything deleted leaves the disk, as by `compact`, and the keys as they were leave it, too: only building
+        again brings them back. Distances become a little smaller, so mixtures want to be fitted again.
+
+        Args:
+            width: Numbers to keep of a key, at most those that it has. With "int8" and half of them, keys take a
+                quarter of the bytes that they take as built.
+            key_dtype: "int8", or "float16" to project alone.
+            index: "auto", "exact" or a FAISS factory string.
+            segment_entries: Entries a segment, about.
+            show_progress: Show rate and time left on stderr.
+
+        Raises:
+            ConfigError: The width or the type cannot be.
+            DatastoreError: The keys are compressed already, there are none, another process writes, or the disk is
+                full; nothing has changed then.
+        """
+        self.refresh()
+        check_codec(width, key_dtype, self.width)
+        check_factory(index, width, self.metric)
+        compress_segments(
+            self.path,
+            self._indexing(index, show_progress),
+            width=width,
+            key_dtype=key_dtype,
+            segment_entries=segment_entries,
+            show_progress=show_progress,
+        )
+        self.refresh()
+
+    def _indexing(self, factory: str, show_progress: bool) -> Callable[[Manifest], Part | None]:
+        """Return what builds the index of a version that is not published yet."""
+
+        def index_of(draft: Manifest) -> Part | None:
+            keys, name = Version(self.path, draft, verify=False).keys, f"{draft.version:06d}"
+            return build_index(keys, self.path / "index", factory, name=name, show_progress=show_progress)
+
+        return index_of
 
     def rollback(self, version: int) -> None:
         """Publish what an earlier version held as a new version.

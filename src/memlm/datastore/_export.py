@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import DatastoreError
+from ..errors import ConfigError, DatastoreError
 from ..files import atomic_writer, refuse_existing
 from ..progress import progress
 from ._parquet import NAME, arrow, schema, settings_of
@@ -25,6 +25,11 @@ def export_documents(version: Version, file: Path, *, keys: bool, show_progress:
     pa, parquet = arrow()
     refuse_existing(file)
     manifest = version.manifest
+    if keys and manifest.codec is not None:
+        raise ConfigError(
+            "the keys are compressed, and an export has them as the model gave them; export without keys, or share the "
+            "folder (`memlm push`)"
+        )
     columns = schema(manifest.keys if keys else None)
     settings = {
         "compression": {"id": "zstd", "text": "zstd", "metadata": "zstd", "values.list.element": "zstd"},

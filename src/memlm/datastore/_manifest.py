@@ -13,18 +13,23 @@ from typing import Any
 from ..errors import DatastoreCorrupt, DatastoreError, DatastoreMismatch, FormatVersionError
 from ..evidence import METRICS
 from ..files import write_json
-from ._part import FILE_FIELDS, SEGMENT_FILES, Part, check_deleted, check_fields, part_of
+from ._part import CODEC_FILE, FILE_FIELDS, SEGMENT_FILES, Part, check_deleted, check_fields, part_of
 
 FORMAT = "memlm-datastore"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CURRENT = "current.json"
+KEY_TYPES = ("float16", "bfloat16")  # in which the keys of a model are stored
+CODED_TYPES = ("int8", "float16")  # in which compressed ones are
+MOST_TOKENS = 1 << 22  # in a vocabulary; what counts tokens takes memory for all of them
 KEPT_VERSIONS = 64  # so that the manifests of many small additions do not pile up
 # What a manifest must hold at least: types of values, more of the same for objects, one pattern for a whole list.
 _SITE: dict[str, Any] = {"name": str, "path": str, "tensor": str}
 _CURRENT: dict[str, Any] = {"version": int, "sha256": str}
-FIRST_KEPT = {"oldest": 1, "first_segment": 0, "next_segment": 0, "first_index": 1}  # of a new datastore
+# Of a new datastore
+FIRST_KEPT = {"oldest": 1, "first_segment": 0, "next_segment": 0, "first_index": 1, "first_codec": 1}
 _KEPT: dict[str, Any] = dict.fromkeys(FIRST_KEPT, int)
 _DELETED: dict[str, Any] = {"documents": [[int]], "entries": int}
+_KEYS: dict[str, Any] = {"dtype": str, "width": int}
 _SHAPE: dict[str, Any] = {
     "version": int,
     "created": str,
@@ -36,7 +41,7 @@ _SHAPE: dict[str, Any] = {
     "tokenizer": {"sha256": str, "vocab_size": int},
     "windows": {"context": int, "stride": int},
     "metric": str,
-    "keys": {"dtype": str, "width": int},
+    "keys": _KEYS,
     "values": {"dtype": str},
     "corpus": {"source": str, "skipped": int},
     "segments": [
@@ -47,6 +52,7 @@ _SHAPE: dict[str, Any] = {
         }
     ],
 }
+_CODEC_SHAPE: dict[str, Any] = {"name": str, "files": {CODEC_FILE: FILE_FIELDS}, "details": {"keys": _KEYS}}
 _INDEX_SHAPE: dict[str, Any] = {"name": str, "files": {}, "details": {"kind": str, "entries": int}}
 
 
@@ -66,6 +72,7 @@ class Manifest:
     windows: dict[str, int]
     metric: str
     keys: dict[str, Any]
+    codec: Part | None
     values: dict[str, Any]
     corpus: dict[str, Any]
     segments: tuple[Part, ...]
@@ -88,6 +95,11 @@ class Manifest:
         return sum(segment.details["documents"] for segment in self.segments) - sum(b - a for a, b in deleted)
 
     @property
+    def encoder_keys(self) -> dict[str, Any]:
+        """Type and width of the keys as the encoder's were stored, before they were compressed."""
+        return self.keys if self.codec is None else self.codec.details["keys"]
+
+    @property
     def complete(self) -> bool:
         """False while a build has not come to its end."""
         return self.corpus["complete"]
@@ -97,7 +109,8 @@ class Manifest:
         """Fingerprint of everything stored, whatever the index and the names of segments: the same for every copy."""
         files = [{name: file["sha256"] for name, file in part.files.items()} for part in self.segments]
         deleted = [part.details["deleted"]["documents"] for part in self.segments]
-        return content_sha256({"encoder": self.encoder["sha256"], "segments": files, "deleted": deleted})
+        codec = {} if self.codec is None else {"codec": self.codec.files[CODEC_FILE]["sha256"]}
+        return content_sha256({"encoder": self.encoder["sha256"], "segments": files, "deleted": deleted, **codec})
 
     def _content(self) -> dict[str, Any]:
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
@@ -142,8 +155,14 @@ class Manifest:
             raise ValueError(f"the oldest version kept is {self.kept['oldest']}")
         if self.metric not in METRICS:
             raise ValueError(f"its metric is {self.metric!r}; expected {' or '.join(METRICS)}")
-        if self.keys["dtype"] not in ("float16", "bfloat16") or not 0 < self.keys["width"] < 1 << 31:
-            raise ValueError(f"its keys are {self.keys}; expected float16 or bfloat16 of a positive width")
+        if not 0 < self.tokenizer["vocab_size"] <= MOST_TOKENS:
+            raise ValueError(f"its vocabulary has {self.tokenizer['vocab_size']} tokens; expected 1 to {MOST_TOKENS}")
+        if self.encoder_keys["dtype"] not in KEY_TYPES or not 0 < self.encoder_keys["width"] < 1 << 31:
+            raise ValueError(f"its keys are {self.encoder_keys}; expected float16 or bfloat16 of a positive width")
+        if self.codec is not None and (
+            self.keys["dtype"] not in CODED_TYPES or not 0 < self.keys["width"] <= self.encoder_keys["width"]
+        ):
+            raise ValueError(f"its compressed keys are {self.keys}; expected int8 or float16, and no wider than before")
         if self.slots >= 1 << 48:
             raise ValueError(f"it has {self.slots} entries")
         for segment in self.segments:
@@ -242,12 +261,13 @@ class Manifest:
         """
         check_fields(content, _SHAPE, "the manifest")
         segments = tuple(part_of(item) for item in content["segments"])
-        index = content["index"]
-        if index is not None:
-            check_fields(index, _INDEX_SHAPE, "index")
-            index = part_of(index)
-        others = {name: value for name, value in content.items() if name not in ("segments", "index")}
-        manifest = cls(**others, segments=segments, index=index)
+        parts: dict[str, Any] = {}
+        for name, shape in (("index", _INDEX_SHAPE), ("codec", _CODEC_SHAPE)):
+            if content[name] is not None:
+                check_fields(content[name], shape, name)
+            parts[name] = None if content[name] is None else part_of(content[name])
+        others = {name: value for name, value in content.items() if name not in ("segments", *parts)}
+        manifest = cls(**others, segments=segments, **parts)
         manifest._check_values(version)
         return manifest
 

@@ -88,7 +88,7 @@ def settings_of(manifest: Manifest, segments: list[int]) -> str:
         "tokenizer": manifest.tokenizer,
         "windows": manifest.windows,
         "metric": manifest.metric,
-        "keys": manifest.keys,
+        "keys": manifest.encoder_keys,
         "corpus": {"source": manifest.corpus["source"], "skipped": manifest.corpus["skipped"]},
         "documents": manifest.documents,
         "entries": manifest.entries,
@@ -129,5 +129,6 @@ def checked_settings(text: bytes) -> tuple[dict[str, Any], Manifest]:
         "corpus": {**settings["corpus"], "complete": True},
         "segments": [],
         "index": None,
+        "codec": None,
     }
     return settings, Manifest.of(content, 1)

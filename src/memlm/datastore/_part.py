@@ -1,4 +1,4 @@
-"""Parts of a datastore: segments and indexes, each a folder of immutable files that a manifest describes."""
+"""Parts of a datastore: segments, indexes and codecs, each a folder of immutable files that a manifest describes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from ..files import file_sha256, sync_directory, sync_file
 
 _PART = re.compile(r"[0-9a-z-]+")
 _FILE = re.compile(r"[0-9a-z]+\.[0-9a-z]+")
+CODEC_FILE = "codec.safetensors"
 SEGMENT_FILES = ("documents.jsonl", "entries.safetensors", "keys.safetensors")
 FILE_FIELDS: dict[str, Any] = {"bytes": int, "sha256": str}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """A segment or an index: a folder of immutable files.
+    """A segment, an index or a codec: a folder of immutable files.
 
     Attributes:
         name: Of the folder.
         files: File name → {"bytes", "sha256"}.
         details: What kind of part needs: a segment's numbers of entries and documents, and which of these are deleted;
-            an index's settings, and how many entries, from the first, it holds.
+            an index's settings, and how many entries, from the first, it holds; the type and width of the keys that a
+            codec was fitted to.
     """
 
     name: str

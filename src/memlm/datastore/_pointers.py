@@ -15,14 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ..errors import ConfigError
-from ..evidence import INNER_PRODUCT, Found
+from ..evidence import Found
 from ..neighbors import Neighbors
 from ._datastore import Datastore
 
-_MEASURED_TOGETHER = 1 << 15  # keys whose distances are computed at once
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -169,24 +167,9 @@ def _follow_pointers(
     places = np.arange(len(lines)) - (counts.cumsum() - counts)[lines]
     result = Neighbors.empty(len(rows), counts.max(initial=0))
     result.entries[lines, places] = entries
-    result.distances[lines, places] = _distances(memory, queries, rows[lines], entries)
+    result.distances[lines, places] = memory.distances(queries[rows], lines, entries)
     result.present[lines, places] = True
     found.put(rows, result.taken(result.distances.argsort(axis=1, kind="stable")))
-
-
-def _distances(memory: Datastore, queries: Floats, rows: Ints, entries: Ints) -> Floats:
-    """Return the distance of each query row to one entry, by the datastore's metric, float32, shape (pairs,)."""
-    result = np.empty(len(rows), np.float32)
-    for start in range(0, len(rows), _MEASURED_TOGETHER):
-        part = slice(start, start + _MEASURED_TOGETHER)
-        keys = memory.keys.gather_keys(entries[part]).float()
-        asked = torch.from_numpy(queries[rows[part]])
-        if memory.metric == INNER_PRODUCT:
-            result[part] = -torch.einsum("nw,nw->n", keys, asked).numpy()
-        else:
-            keys -= asked
-            result[part] = torch.einsum("nw,nw->n", keys, keys).numpy()
-    return result
 
 
 def _union(near: Neighbors, pointers: Neighbors, size: int) -> Neighbors:

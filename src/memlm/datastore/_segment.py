@@ -19,7 +19,7 @@ from ..errors import CorpusError, DatastoreCorrupt, KeyOverflow, ModelError, Sha
 from ..tensors import Layout, create_tensors, map_bytes, open_tensors
 from ._part import Part
 
-KEY_TYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16)}
+STORED_TYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16), "int8": ("I8", torch.int8)}
 
 
 def value_type(vocab_size: int) -> str:
@@ -75,8 +75,8 @@ class SegmentWriter:
     Args:
         folder: Of the segment; must not exist.
         documents: In order.
-        key_dtype: "float16" or "bfloat16".
-        key_width: Numbers in a key.
+        key_dtype: "float16", "bfloat16" or, of compressed keys, "int8".
+        key_width: Numbers in a stored key.
         vocab_size: Token ids are below it.
     """
 
@@ -109,12 +109,13 @@ class SegmentWriter:
         for array in maps.values():
             if isinstance(array, np.memmap):
                 array.flush()
-        kind, self._dtype = KEY_TYPES[key_dtype]
-        self._keys = create_tensors(folder / "keys.safetensors", {"keys": (kind, (self.entries, key_width))})["keys"]
+        kind, dtype = STORED_TYPES[key_dtype]
+        self._map = create_tensors(folder / "keys.safetensors", {"keys": (kind, (self.entries, key_width))})["keys"]
+        self._keys = torch.from_numpy(self._map).view(dtype)
         self._written = np.zeros(self.entries, bool)
 
     def write_keys(self, rows: Tensor, keys: Tensor) -> None:
-        """Store keys at their rows; rows int64 (n,), keys any float type (n, width).
+        """Store keys at their rows; rows int64 (n,), keys any float type or codes (n, width).
 
         Raises:
             KeyOverflow: A key is not finite, as computed or in the type of storage.
@@ -122,13 +123,13 @@ class SegmentWriter:
         """
         if keys.shape != (len(rows), self._keys.shape[1]):
             raise ShapeError(f"keys have shape {tuple(keys.shape)}; expected ({len(rows)}, {self._keys.shape[1]})")
-        stored = keys.to("cpu", self._dtype)
+        stored = keys.to("cpu", self._keys.dtype)
         if not stored.isfinite().all():
             if not keys.isfinite().all():
                 raise KeyOverflow("the model gave keys that are NaN or infinite; check its weights and its dtype")
             advice = "use key type bfloat16" if self.key_dtype == "float16" else "check the model's weights"
             raise KeyOverflow(f"keys up to {keys.abs().max():.3g} overflow {self.key_dtype}; {advice}")
-        self._keys[rows.numpy()] = stored.view(torch.int16).numpy().view(self._keys.dtype)
+        self._keys[rows] = stored
         self._written[rows.numpy()] = True
 
     def finish(self) -> dict[str, int]:
@@ -139,8 +140,8 @@ class SegmentWriter:
         """
         if not self._written.all():
             raise ShapeError(f"{int((~self._written).sum())} of {self.entries} entries got no key from the encoder")
-        if isinstance(self._keys, np.memmap):
-            self._keys.flush()
+        if isinstance(self._map, np.memmap):
+            self._map.flush()
         return {"entries": self.entries, "documents": self.documents}
 
 
@@ -165,7 +166,7 @@ class Segment:
     """A segment opened for reading. It goes on to be readable when its files are removed.
 
     Attributes:
-        keys: float16 or bfloat16, shape (entries, width), mapped.
+        keys: float16, bfloat16 or int8, shape (entries, width), mapped; compressed ones as codes.
         values: Unsigned, shape (entries,), mapped.
         spans: Uint32, shape (entries, 2), mapped: character offsets in the document's text.
         entry_starts: Int64, shape (documents + 1,): first entry of every document.
@@ -180,7 +181,7 @@ class Segment:
         self.documents: int = part.details["documents"]
         arrays = open_tensors(self.folder / "entries.safetensors") | open_tensors(self.folder / "keys.safetensors")
         self._lines = map_bytes(self.folder / "documents.jsonl")
-        kind = "float16" if key_dtype == "float16" else "int16"  # NumPy lacks bfloat16
+        kind = "int16" if key_dtype == "bfloat16" else key_dtype  # NumPy lacks bfloat16
         expected = {
             "values": (value_dtype, (self.entries,)),
             "spans": ("uint32", (self.entries, 2)),
@@ -197,8 +198,7 @@ class Segment:
             starts = arrays[name]
             if starts[0] != 0 or starts[-1] != end or (np.diff(starts) < 0).any():
                 raise DatastoreCorrupt(f"{self.folder} has {name} that do not rise from 0 to {end}; build again")
-        keys = arrays["keys"]
-        self.keys: Tensor = torch.from_numpy(keys.view(np.int16)).view(KEY_TYPES[key_dtype][1])
+        self.keys: Tensor = torch.from_numpy(arrays["keys"]).view(STORED_TYPES[key_dtype][1])
         self.values: np.ndarray = arrays["values"]
         self.spans: np.ndarray = arrays["spans"]
         self.entry_starts: np.ndarray = np.asarray(arrays["entry_starts"])

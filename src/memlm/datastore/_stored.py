@@ -62,6 +62,14 @@ class Directory:
             part.check(path / "segments", contents=False)
         return cls(open_segments(path, manifest), manifest)
 
+    def live(self) -> npt.NDArray[np.bool_]:
+        """Return whether an entry is not deleted, shape (slots,)."""
+        parts = [
+            ~np.repeat(deleted, np.diff(segment.entry_starts))
+            for segment, deleted in zip(self.segments, self.deleted, strict=True)
+        ]
+        return np.concatenate([np.zeros(0, bool), *parts])
+
     def __iter__(self) -> Iterator[Place]:
         for segment, deleted in enumerate(self.deleted):
             for number in np.flatnonzero(~deleted):

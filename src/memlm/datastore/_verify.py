@@ -43,6 +43,7 @@ def verify(path: str | Path, *, show_progress: bool = False) -> list[str]:
     found = [line for line in found if line]
     parts = {("segments", part.name): part for manifest in versions for part in manifest.segments}
     parts |= {("index", manifest.index.name): manifest.index for manifest in versions if manifest.index}
+    parts |= {("codec", manifest.codec.name): manifest.codec for manifest in versions if manifest.codec}
     sound: set[tuple[str, str]] = set()
     with progress("verifying", len(parts), "parts", show=show_progress) as advance:
         for key, part in parts.items():
@@ -60,7 +61,8 @@ def verify(path: str | Path, *, show_progress: bool = False) -> list[str]:
                     if part.name not in checked:
                         found += wrong(segment, manifest)
                         checked.add(part.name)
-                if manifest.index is None or ("index", manifest.index.name) in sound:
+                others = (("index", manifest.index), ("codec", manifest.codec))
+                if all(part is None or (kind, part.name) in sound for kind, part in others):
                     Version(path, manifest, verify=False)
         except DatastoreError as error:
             found.append(f"version {manifest.version}: {error}")

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DatastoreCorrupt, ShapeError
-from ..evidence import Found
+from ..evidence import INNER_PRODUCT, Found
 from ..index import Index, open_index
 from ..neighbors import Neighbors
 from ..text import count
+from ._codec import Codec
 from ._keys import StoredKeys
 from ._manifest import Manifest
 from ._part import Part
 from ._segment import Segment
 from ._stored import Directory, Place, open_segments
+
+_MEASURED_TOGETHER = 1 << 15  # keys whose distances are computed at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class Version:
             if part.name not in known:
                 part.check(self.path / "segments", contents=verify)
         segments = open_segments(self.path, manifest, known)
+        codec = self._codec_of(manifest, verify)
         dtype = np.uint16 if manifest.values["dtype"] == "uint16" else np.uint32
         values = np.concatenate([np.zeros(0, dtype), *(segment.values for segment in segments)])
         if values.max(initial=0) >= manifest.tokenizer["vocab_size"]:
@@ -88,7 +92,7 @@ class Version:
             self.manifest, self.values, self._segments = manifest, values, segments
             self._directory = Directory(segments, manifest)
             width, dtype = manifest.keys["width"], manifest.keys["dtype"]
-            self.keys = StoredKeys(segments, self._find_live(), width, dtype, manifest.metric)
+            self.keys = StoredKeys(segments, self._find_live(), width, dtype, manifest.metric, codec)
             self._starts = self.keys.starts
             before = shown.get("index")
             self.index: Index = open_index(self.keys, self.path / "index", manifest.index, before, verify=verify)
@@ -97,14 +101,18 @@ class Version:
             self.__dict__.update(shown)
             raise
 
+    def _codec_of(self, manifest: Manifest, verify: bool) -> Codec | None:
+        """Return the codec of a version; one that is open already stays so."""
+        if manifest.codec is None:
+            return None
+        if "keys" in self.__dict__ and self.manifest.codec == manifest.codec:
+            return self.keys.codec
+        return Codec.open(self.path / "codec", manifest.codec, manifest.keys, verify=verify)
+
     def _find_live(self) -> npt.NDArray[np.bool_] | None:
         if self.manifest.slots == self.manifest.entries:
             return None
-        live = np.ones(len(self.values), bool)
-        start = 0
-        for segment, deleted in zip(self._segments, self._directory.deleted, strict=True):
-            live[start : start + segment.entries] = ~np.repeat(deleted, np.diff(segment.entry_starts))
-            start += segment.entries
+        live = self._directory.live()
         if live.sum() != self.manifest.entries:
             raise DatastoreCorrupt(f"{self.path} does not have as many deleted entries as its manifest says; roll back")
         return live
@@ -124,8 +132,8 @@ class Version:
 
     @property
     def width(self) -> int:
-        """Numbers in a key."""
-        return self.manifest.keys["width"]
+        """Numbers in a key of the model, and in a query; compressed keys have fewer (`keys.width`)."""
+        return self.manifest.encoder_keys["width"]
 
     @property
     def metric(self) -> str:
@@ -151,7 +159,7 @@ class Version:
             ShapeError: Queries have another width.
         """
         self.check_search(queries, k)
-        queries = np.ascontiguousarray(queries, np.float32)
+        queries = self.project(queries)
         if exclude is None or not len(queries):
             return self._checked(self.index.search(queries, k, (0, 0))) if len(queries) else Neighbors.empty(0, k)
         ranges, group = np.unique(exclude, axis=0, return_inverse=True)
@@ -171,6 +179,43 @@ class Version:
             raise ShapeError(f"queries have shape {queries.shape}; expected (n, {self.width})")
         if not np.isfinite(queries).all():
             raise ShapeError("queries hold NaN or infinite numbers; check the model's weights and its dtype")
+
+    def project(self, queries: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return queries as an index compares them with stored keys: in the space of compressed ones; see `Codec`.
+
+        Args:
+            queries: Finite, shape (n, width).
+
+        Returns:
+            float32, shape (n, `keys.width`).
+        """
+        queries = np.ascontiguousarray(queries, np.float32)
+        return queries if self.keys.codec is None else self.keys.codec.project(torch.from_numpy(queries)).numpy()
+
+    def distances(
+        self, queries: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], entries: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Return the distance of each query row to one entry, by the datastore's metric.
+
+        Args:
+            queries: float32, shape (n, width).
+            rows: Numbers of queries, shape (pairs,).
+            entries: Shape (pairs,).
+
+        Returns:
+            float32, shape (pairs,).
+        """
+        asked = torch.from_numpy(self.project(queries))
+        result = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), _MEASURED_TOGETHER):
+            part = slice(start, start + _MEASURED_TOGETHER)
+            keys, mine = self.keys.gather_keys(entries[part]), asked[torch.from_numpy(rows[part])]
+            if self.metric == INNER_PRODUCT:
+                result[part] = -torch.einsum("nw,nw->n", keys, mine).numpy()
+            else:
+                keys -= mine
+                result[part] = torch.einsum("nw,nw->n", keys, keys).numpy()
+        return result
 
     def _checked(self, found: Neighbors) -> Neighbors:
         if found.entries.max(initial=0) >= max(1, self.slots):
@@ -270,7 +315,7 @@ class Version:
     def info(self) -> dict[str, Any]:
         """Return numbers, sizes and settings, as plain values."""
         manifest = self.manifest
-        parts: list[Part] = [*manifest.segments, *([manifest.index] if manifest.index else [])]
+        parts: list[Part] = [*manifest.segments, *(item for item in (manifest.codec, manifest.index) if item)]
         return {
             "path": str(self.path),
             "version": manifest.version,
@@ -286,6 +331,7 @@ class Version:
             "windows": manifest.windows,
             "metric": manifest.metric,
             "keys": manifest.keys,
+            "encoder_keys": manifest.encoder_keys,
             "values": manifest.values,
             "corpus": manifest.corpus,
             "index": manifest.index.details if manifest.index else {"kind": "exact"},

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import DatastoreError
 from ..files import write_json
 from ._manifest import FIRST_KEPT, Manifest, now
-from ._part import Part
+from ._part import CODEC_FILE, SEGMENT_FILES, Part
 from ._segment import SegmentWriter, Stored
 
 _HOLDER = ".writer.json"
@@ -110,11 +110,12 @@ def sweep(path: Path, manifest: Manifest | None) -> None:
     versions = range(kept["oldest"], version + 1)
     segments = range(kept["first_segment"], kept["next_segment"])
     indexes = range(kept["first_index"], version + 1)  # named after the version that used it first
+    codecs = range(kept["first_codec"], version + 1)  # as indexes
     for item in list(path.iterdir()):
         match = _MANIFEST.fullmatch(item.name)
         if _TEMPORARY.fullmatch(item.name) or (match and int(match[1]) not in versions):
             item.unlink(missing_ok=True)
-    for name, numbers in (("segments", segments), ("index", indexes)):
+    for name, numbers in (("segments", segments), ("index", indexes), ("codec", codecs)):
         folder = path / name
         for item in list(folder.iterdir()) if folder.is_dir() else []:
             if _NUMBERED.fullmatch(item.name) and int(item.name) not in numbers:
@@ -129,9 +130,9 @@ def is_own(item: Path, path: Path) -> bool:
     if item.is_symlink():
         return False
     if len(names) == 1:
-        fixed = ("segments", "index", "current.json", _HOLDER)
+        fixed = ("segments", "index", "codec", "current.json", _HOLDER)
         return names[0] in fixed or bool(_MANIFEST.fullmatch(names[0]) or _TEMPORARY.fullmatch(names[0]))
-    inner = {"segments": ("documents.jsonl", "entries.safetensors", "keys.safetensors"), "index": ("index.faiss",)}
+    inner = {"segments": SEGMENT_FILES, "index": ("index.faiss",), "codec": (CODEC_FILE,)}
     return (
         names[0] in inner
         and bool(_NUMBERED.fullmatch(names[1]))

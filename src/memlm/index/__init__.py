@@ -39,7 +39,9 @@ def auto_factory(entries: int, width: int, key_dtype: str) -> str:
 
     Returns:
         "exact" for a small one; then inverted lists that hold the keys in their own 16-bit type, so that distances are
-        those of the stored keys; then, beyond what memory holds, 8-bit lists whose proposals are ranked again.
+        those of the stored keys; then, beyond what memory holds, 8-bit lists whose proposals are ranked again. Keys
+        that are stored in 8 bits get 8-bit lists at once, on their own grid, so that distances are those of the stored
+        keys.
 
     Example:
         >>> auto_factory(10_000, 256, "float16"), auto_factory(1_000_000, 256, "float16")
@@ -48,7 +50,7 @@ def auto_factory(entries: int, width: int, key_dtype: str) -> str:
     if entries <= _EXACT_ENTRIES or entries * width <= _EXACT_LIMIT:
         return "exact"
     lists = 1 << (math.isqrt(4 * entries).bit_length() - 1)  # the power of two just below 2 √entries
-    if entries * width * 2 > _MEMORY_LIMIT:
+    if key_dtype == "int8" or entries * width * 2 > _MEMORY_LIMIT:
         return f"IVF{lists},SQ8"
     return f"IVF{lists},{'SQbf16' if key_dtype == 'bfloat16' else 'SQfp16'}"
 

@@ -36,6 +36,14 @@ _FETCHED_AT_ONCE = 1 << 24  # proposals of one search without selector
 _STORES_KEYS = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat, faiss.IndexNSGFlat)
 
 
+# Types of FAISS's scalar quantizer whose codes are the stored keys themselves; on a grid, where it is the keys' own
+_SAME_TYPES = {
+    "float16": faiss.ScalarQuantizer.QT_fp16,
+    "bfloat16": faiss.ScalarQuantizer.QT_bf16,
+    "int8": faiss.ScalarQuantizer.QT_8bit,
+}
+
+
 class FaissIndex:
     """A FAISS index over the first entries of a datastore, opened for searching.
 
@@ -220,7 +228,7 @@ def rerank(keys: Keys, queries: npt.NDArray[np.float32], found: Neighbors, k: in
     step = max(1, (1 << 24) // max(1, found.entries.shape[1] * keys.width))
     for start in range(0, len(queries), step):
         entries = found.entries[start : start + step]  # (n, fetched)
-        stored = keys.gather_keys(entries.ravel()).float().reshape(*entries.shape, keys.width)
+        stored = keys.gather_keys(entries.ravel()).reshape(*entries.shape, keys.width)
         asked = torch.from_numpy(queries[start : start + step, None])
         exact[start : start + step] = distances(asked, stored, keys.metric).numpy()
     exact[~found.present] = np.inf
@@ -257,16 +265,17 @@ def _train(keys: Keys, factory: str) -> tuple[Any, bool]:
     ivf = faiss.try_extract_index_ivf(index)
     kind = faiss.downcast_index(index)  # what stands before it, such as a PCA, changes distances
     stores_keys = type(kind) in _STORES_KEYS
-    if type(kind) is faiss.IndexIVFScalarQuantizer:
-        same = faiss.ScalarQuantizer.QT_bf16 if keys.key_dtype == "bfloat16" else faiss.ScalarQuantizer.QT_fp16
-        if kind.sq.qtype == same:
-            kind.by_residual = False  # the codes are then the stored keys themselves
-            stores_keys = True
+    if type(kind) is faiss.IndexIVFScalarQuantizer and kind.sq.qtype == _SAME_TYPES[keys.key_dtype]:
+        kind.by_residual = False  # the codes are then the stored keys themselves
+        stores_keys = True
     if index.is_trained:
         return index, stores_keys
     size = min(keys.slots, max(1 << 16, _TRAINING_KEYS_A_LIST * (ivf.nlist if ivf is not None else 256)))
     chosen = np.sort(np.random.default_rng(0).choice(keys.slots, size, replace=False))
-    index.train(keys.gather_keys(chosen).float().numpy())
+    index.train(keys.gather_keys(chosen).numpy())
+    if stores_keys and keys.grid is not None and type(kind) is faiss.IndexIVFScalarQuantizer:
+        low, step = keys.grid  # code c of FAISS stands for low + (c + 1/2) / 255 · width
+        faiss.copy_array_to_vector(torch.cat([low - step / 2, 255 * step]).numpy(), kind.sq.trained)
     return index, stores_keys
 
 
@@ -274,7 +283,7 @@ def _tune(keys: Keys, index: Any, stores_keys: bool) -> dict[str, Any]:
     """Find the smallest nprobe that reaches the recall wanted; return it with the recall measured."""
     k = min(1024, keys.slots)
     sample = np.random.default_rng(1).choice(keys.slots, min(_SAMPLE, keys.slots), replace=False)
-    queries = keys.gather_keys(np.sort(sample)).float().numpy()
+    queries = keys.gather_keys(np.sort(sample)).numpy()
     truth = ExactIndex(keys).search(queries, k, (0, 0))
     ivf = faiss.try_extract_index_ivf(index)
     lists = ivf.nlist if ivf is not None else 1

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from numba import njit
+from torch import Tensor
 
 import faiss  # isort: skip
 
@@ -34,7 +35,7 @@ def pays(ivf: Any, queries: int) -> bool:
 
     Not by inner product: reservoirs are sorted by the bits of distances, none of which may be negative.
     """
-    allowed = ivf.metric_type == faiss.METRIC_L2 and _key_dtype(ivf) is not None
+    allowed = ivf.metric_type == faiss.METRIC_L2 and _stored_keys(ivf) is not None
     return allowed and 0 < _SHORTEST * ivf.nlist <= queries * ivf.nprobe
 
 
@@ -100,27 +101,34 @@ def _search_group(
     return _nearest(distances, entries, counts, k)
 
 
-def _key_dtype(ivf: Any) -> torch.dtype | None:
-    """Return the type in which the lists hold keys as they were stored; None where they hold something else."""
+def _stored_keys(ivf: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return what makes keys, float32 (n, d), of the codes of a list, uint8 (n, code size); None where they are coded
+    in a way that is not known here.
+    """
     if type(ivf) is faiss.IndexIVFFlat:  # its subclasses lay out their lists in other ways
-        return torch.float32
-    if type(ivf) is faiss.IndexIVFScalarQuantizer and not ivf.by_residual:
-        types = {faiss.ScalarQuantizer.QT_fp16: torch.float16, faiss.ScalarQuantizer.QT_bf16: torch.bfloat16}
-        return types.get(ivf.sq.qtype)
-    return None
+        return lambda codes: codes.view(torch.float32).clone()
+    if type(ivf) is not faiss.IndexIVFScalarQuantizer or ivf.by_residual:
+        return None
+    types = {faiss.ScalarQuantizer.QT_fp16: torch.float16, faiss.ScalarQuantizer.QT_bf16: torch.bfloat16}
+    if (dtype := types.get(ivf.sq.qtype)) is not None:
+        return lambda codes: codes.view(dtype).float()
+    if ivf.sq.qtype != faiss.ScalarQuantizer.QT_8bit:
+        return None
+    low, width = torch.from_numpy(faiss.vector_to_array(ivf.sq.trained)).view(2, -1)
+    first, step = low + width / 510, width / 255
+    return lambda codes: torch.addcmul(first, codes.float(), step)
 
 
 def _pieces(ivf: Any, number: int, most: int) -> Iterator[tuple[Ints, Floats]]:
     """Yield the entries of a list, int64 (length,), and a copy of their keys (length, width); so many at most."""
-    length, dtype = ivf.invlists.list_size(number), _key_dtype(ivf)
-    assert dtype is not None  # `pays` has asked
+    length, keys_of = ivf.invlists.list_size(number), _stored_keys(ivf)
+    assert keys_of is not None  # `pays` has asked
     if not length:
         return
-    codes = faiss.rev_swig_ptr(ivf.invlists.get_codes(number), length * ivf.code_size)
-    ids = faiss.rev_swig_ptr(ivf.invlists.get_ids(number), length)
-    keys = torch.from_numpy(codes).view(dtype).view(length, ivf.d)
+    codes = torch.from_numpy(faiss.rev_swig_ptr(ivf.invlists.get_codes(number), length * ivf.code_size))
+    codes, ids = codes.view(length, -1), faiss.rev_swig_ptr(ivf.invlists.get_ids(number), length)
     for start in range(0, length, most):
-        yield ids[start : start + most], keys[start : start + most].to(torch.float32, copy=True).numpy()
+        yield ids[start : start + most], keys_of(codes[start : start + most]).numpy()
 
 
 def _center(ivf: Any, number: int, keys: Floats) -> Floats:

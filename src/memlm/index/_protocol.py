@@ -27,12 +27,19 @@ class Keys(Protocol):
 
     @property
     def width(self) -> int:
-        """Numbers in a key."""
+        """Numbers in a stored key, and in a query."""
         ...
 
     @property
     def key_dtype(self) -> str:
-        """Type in which keys are stored."""
+        """Type in which keys are stored: "float16", "bfloat16", or "int8" for places of a grid."""
+        ...
+
+    @property
+    def grid(self) -> tuple[Tensor, Tensor] | None:
+        """Least place of each number's grid of 256, and the step between places, float32, shape (width,) each; None
+        where keys are not stored in "int8".
+        """
         ...
 
     @property
@@ -45,7 +52,7 @@ class Keys(Protocol):
         ...
 
     def gather_keys(self, entries: npt.NDArray[np.int64]) -> Tensor:
-        """Return some keys in their stored type."""
+        """Return some keys, float32; what is returned may be overwritten."""
         ...
 
 

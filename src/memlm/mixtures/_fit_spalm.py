@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import ConfigError
 from ._features import features
 from ._fixed import KnnMixture
 from ._heldout import HeldOut
@@ -99,4 +100,8 @@ def _with_neighbors(held: HeldOut, base: KnnMixture) -> tuple[HeldOut, int]:
     k = min(_NEIGHBORS, base.k)
     held = HeldOut(held.targets, held.lm_log_probs, held.evidence.nearest([k]), held.groups, held.statistics)
     some = held.evidence.memories[0].present.any(dim=1).numpy()
+    if not some.any():
+        raise ConfigError(
+            "no target has a neighbor, so there is nothing to fit a gate to; pass text that is not stored"
+        )
     return (held if some.all() else held.rows(some)), k

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # What of a repository belongs to a datastore: no name in it can lead out of a folder.
 DATASTORE_FILES = re.compile(
-    r"current\.json|manifest-\d{6,}\.json|(segments|index)/[0-9a-z-]+/[0-9a-z]+\.[0-9a-z]+", re.ASCII
+    r"current\.json|manifest-\d{6,}\.json|(segments|index|codec)/[0-9a-z-]+/[0-9a-z]+\.[0-9a-z]+", re.ASCII
 )
 CARD = "README.md"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)

@@ -68,7 +68,8 @@ def push(
         alone = manifest.alone()
         alone.publish(Path(folder))
         files = {item.name: item for item in Path(folder).iterdir()}
-        parts = [("segments", part) for part in alone.segments] + ([("index", alone.index)] if alone.index else [])
+        parts = [("segments", part) for part in alone.segments]
+        parts += [(kind, part) for kind, part in (("index", alone.index), ("codec", alone.codec)) if part is not None]
         for kind, part in parts:
             files |= {f"{kind}/{part.name}/{name}": Path(path) / kind / part.name / name for name in part.files}
         size = sum(file.stat().st_size for file in files.values())
