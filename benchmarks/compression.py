@@ -74,12 +74,22 @@ def measure(lm: Any, built: Path, valid: Text, test: Text, key_dtype: str, width
             "key_bytes": BYTES[key_dtype] * width,
             "bytes": memory.info()["bytes"] - index_bytes,
             "index_bytes": index_bytes,
+            "duplicates": duplicates(memory),
             "valid_tokens": valid.tokens,
             "test_tokens": test.tokens,
             **report(cached, valid, test),
         }
     finally:
         shutil.rmtree(folder)
+
+
+def duplicates(memory: memlm.Datastore) -> float:
+    """Return the share of entries whose stored key and value another entry has, too, so that one would do for both."""
+    seen: set[bytes] = set()
+    for start, keys in memory.keys.key_blocks():
+        values = memory.values[start : start + len(keys)]
+        seen.update(key.tobytes() + value.tobytes() for key, value in zip(keys, values, strict=True))
+    return 1 - len(seen) / len(memory)
 
 
 def add(corpus: str, row: dict[str, Any]) -> None:
@@ -114,6 +124,9 @@ def table(results: dict[str, Any]) -> str:
         built = rows[f"{BUILT[0]} × {BUILT[1]}"]
         lines += [
             f"## {corpus}: {built['entries']:,} entries; the model alone: {built['lm']:.2f}",
+            "",
+            f"{100 * built['duplicates']:.2f} % of the entries have the key (as built) and the value of another one: so much would",
+            "be saved by storing such entries once.",
             "",
             "| keys | bytes of keys | | all but the index | index | recall | perplexity | change | λ | T | k |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
