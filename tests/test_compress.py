@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from fake_encoder import FakeEncoder, random_documents
 from memlm import Datastore, Document
-from memlm.datastore import Manifest, Pointers, audit, verify
+from memlm.datastore import Manifest, Pointers, _change, audit, verify
 from memlm.datastore._codec import Codec
 from memlm.datastore._fit_codec import fit_codec
 from memlm.datastore._part import Part
@@ -301,6 +301,16 @@ def test_a_build_that_was_broken_off_goes_on_with_codes(tmp_path):
     assert_finds(memory)
     with pytest.raises(DatastoreError, match="exists already"):
         build(memory.path)
+
+
+def test_a_long_document_is_encoded_piece_by_piece(memory, tmp_path, monkeypatch):
+    whole = Datastore(shutil.copytree(memory.path, tmp_path / "whole"))
+    whole.compress(5)
+    monkeypatch.setattr(_change, "_COPIED_TOGETHER", 7)
+    memory.compress(5)
+    expected, found = (tensors_of(item)[1].astype(int) for item in (whole, memory))
+    assert np.abs(found - expected).max() <= 1  # products of another shape may round another way
+    assert (found == expected).mean() > 0.99
 
 
 def test_what_was_removed_leaves_no_trace(memory, tmp_path):

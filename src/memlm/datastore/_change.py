@@ -19,6 +19,8 @@ from ._segment import Segment
 from ._stored import Directory, Place, with_deleted
 from ._writing import segment_used, write_segment, writing
 
+_COPIED_TOGETHER = 1 << 14  # keys, however long a document is
+
 
 def remove_documents(
     path: Path, ids: Iterable[str], pattern: str | None, where: Mapping[str, Any], *, dry_run: bool
@@ -133,10 +135,10 @@ def copy_documents(
         start = 0
         for place in places:
             segment: Segment = source.segments[place.segment]
-            block = segment.keys[segment.rows(place.number)]
-            yield torch.arange(start, start + len(block)), block if encode is None else encode(block)
-            start += len(block)
-            advance(len(block))
+            for block in segment.keys[segment.rows(place.number)].split(_COPIED_TOGETHER):
+                yield torch.arange(start, start + len(block)), block if encode is None else encode(block)
+                start += len(block)
+                advance(len(block))
 
     return write_segment(path, manifest, stored, keys())
 
