@@ -387,6 +387,9 @@ def test_a_damaged_codec_is_noticed(memory):
         ("surprise", np.zeros(1), "other tensors"),
         ("step", np.zeros(4), "numbers that cannot be"),
         ("offset", np.full(4, np.nan), "numbers that cannot be"),
+        ("offset", np.full(4, 3e38), "numbers that cannot be"),
+        ("mean", np.full(8, -1e30), "numbers that cannot be"),
+        ("step", np.full(4, 1e-45), "numbers that cannot be"),
     ],
 )
 def test_a_codec_that_cannot_be_is_refused_though_its_checksum_is_right(memory, name, value, message):
@@ -420,3 +423,19 @@ def test_the_index_of_int8_keys_holds_them_in_8_bits():
     assert auto_factory(1_000_000, 128, "int8") == "IVF1024,SQ8"
     assert auto_factory(1_000_000, 128, "float16") == "IVF1024,SQfp16"
     assert auto_factory(10_000, 128, "int8") == "exact"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_keys_that_are_not_finite_are_not_fitted_to(value):
+    keys = torch.randn(50, 8)
+    keys[3, 2] = value
+    with pytest.raises(DatastoreError, match="NaN or infinite"):
+        fit_codec(keys, 4, "int8", "squared_l2")
+
+
+def test_a_codec_that_the_next_writer_would_sweep_away_is_refused(memory):
+    memory.compress(4)
+    forged = replace(memory.manifest, kept={**memory.manifest.kept, "first_codec": 99})
+    forged.publish(memory.path)
+    with pytest.raises(DatastoreCorrupt, match="names codec/"):
+        Datastore(memory.path)

@@ -89,6 +89,12 @@ KEYS = {"dtype": "float16", "width": 32}
         ("kept", {}),
         ("kept/oldest", 99),
         ("kept/next_segment", -1),
+        ("kept/next_segment", 0),  # the next writer would sweep the segment away
+        ("kept/next_segment", 1 << 48),
+        ("kept/next_segment", 10**400),
+        ("kept/first_segment", 1),
+        ("index", {"name": "000009", "files": {}, "details": {"kind": "faiss", "entries": 1}}),
+        ("index", {"name": "first", "files": {}, "details": {"kind": "faiss", "entries": 1}}),
         ("written", "yesterday"),
         ("corpus/complete", "yes"),
         ("segments/0/details/deleted", KeyError),

@@ -22,6 +22,7 @@ from fake_encoder import FakeEncoder, random_documents
 from memlm import Datastore, Document
 from memlm.datastore import Export, _export, verify
 from memlm.datastore._manifest import content_sha256
+from memlm.datastore._parquet import checked_settings
 from memlm.errors import ConfigError, DatastoreCorrupt, DatastoreError, IndexError_
 
 QUIET = {"show_progress": False}
@@ -356,3 +357,12 @@ def test_compressed_keys_stay_where_they_are(tmp_path):
     assert not (tmp_path / "memory.parquet").exists()
     memory.to_parquet(tmp_path / "memory.parquet", keys=False)
     assert Export(tmp_path / "memory.parquet").manifest.keys["width"] == memory.width
+
+
+@pytest.mark.parametrize("value", ["\ud800", float("nan")])
+def test_settings_that_no_manifest_can_hold_are_noticed_before_one_is_written(memory, exported, value):
+    found = json.loads(pq.read_schema(exported).metadata[b"memlm"])
+    found.pop("sha256")
+    found["encoder"]["name"] = value
+    with pytest.raises(ValueError):
+        checked_settings(json.dumps({**found, "sha256": "0"}).encode())

@@ -68,7 +68,7 @@ def merge_documents(
             part = copy_documents(path, manifest, source, group, advance, encode)
             places = [directory.with_id(source.document(place)["id"]) for place in group]
             others = [place for place in places if place is not None]
-            change = f"merge {count(len(group), 'document')} of {other.name}"
+            change = f"merge {count(len(group), 'document')} of {other.name.encode(errors='replace').decode()}"
             segments = (*with_deleted(manifest, directory, others), part)
             manifest = manifest.following(change, segments=segments, kept=segment_used(manifest))
             manifest.publish(path)

@@ -15,6 +15,9 @@ from ..tensors import Layout, create_tensors, open_tensors
 from ._manifest import Manifest
 from ._part import CODEC_FILE, Part
 
+# Keys decoded with larger numbers would overflow where distances are computed, smaller steps where keys are encoded.
+_LARGEST, _LEAST = 1e12, 1e-30
+
 
 @dataclass(frozen=True, eq=False)
 class Codec:
@@ -138,7 +141,8 @@ class Codec:
             name: ("float32", shape) for name, shape in expected.items()
         }:
             raise DatastoreCorrupt(f"{file} holds other tensors than its manifest says; restore it from a copy")
-        if not all(np.isfinite(array).all() for array in arrays.values()) or not (arrays["step"] > 0).all():
+        sound = all((np.abs(array) <= _LARGEST).all() for array in arrays.values()) and (arrays["step"] >= _LEAST).all()
+        if not sound:
             raise DatastoreCorrupt(f"{file} holds numbers that cannot be; restore it from a copy")
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
         return cls(**tensors, key_dtype=str(keys["dtype"]))

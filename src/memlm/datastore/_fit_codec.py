@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DatastoreError
 from ..evidence import INNER_PRODUCT
 from ._codec import Codec
 from ._manifest import CODED_TYPES
@@ -43,6 +43,8 @@ def fit_codec(keys: Tensor, width: int, key_dtype: str, metric: str) -> Codec:
     for block in keys.split(_BLOCK):
         centered = (block - mean).double()
         moments.addmm_(centered.T, centered)
+    if not bool(moments.isfinite().all()):
+        raise DatastoreError("there are keys that are NaN or infinite; look at them by `memlm verify`, and build again")
     components = torch.linalg.eigh(moments).eigenvectors  # columns, by rising variance
     projection = components[:, -width:].flip(1).float().contiguous()
     offset, step = torch.zeros(width), torch.ones(width)

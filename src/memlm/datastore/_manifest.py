@@ -172,6 +172,22 @@ class Manifest:
         names = [segment.name for segment in self.segments]
         if len(set(names)) < len(names):
             raise ValueError("it names a segment twice")
+        self._check_kept()
+
+    def _check_kept(self) -> None:
+        """Raise ValueError where a part is named that the next writer would take for a remnant, and sweep away."""
+        kept, end = self.kept, self.version + 1
+        ranges = {
+            "segments": (self.segments, range(kept["first_segment"], kept["next_segment"])),
+            "index": ((self.index,), range(kept["first_index"], end)),
+            "codec": ((self.codec,), range(kept["first_codec"], end)),
+        }
+        if max(abs(number) for number in kept.values()) >= 1 << 48:
+            raise ValueError("it counts more segments than there can be")
+        for folder, (parts, numbers) in ranges.items():
+            for part in parts:
+                if part is not None and not (part.name.isdecimal() and int(part.name) in numbers):
+                    raise ValueError(f"it names {folder}/{part.name}, and keeps {numbers.start} to {numbers.stop - 1}")
 
     def check_encoder(self, architecture: str, sha256: str) -> None:
         """Raise DatastoreMismatch unless the keys were made by this encoder."""

@@ -37,7 +37,7 @@ def pull(repository: str, path: str | Path, *, revision: str | None = None, show
     refuse_existing(Path(path))
     with talking(repository):
         info = api.dataset_info(repository, revision=revision, files_metadata=True)
-    files = {item.rfilename: item.size or 0 for item in info.siblings or ()}
+    files = {item.rfilename: item.size or 0 for item in info.siblings or () if isinstance(item.rfilename, str)}
     files = {name: size for name, size in files.items() if name == CARD or DATASTORE_FILES.fullmatch(name)}
     if "current.json" not in files:
         raise HubError(f"{repository} holds no datastore; `memlm push` puts one there")
