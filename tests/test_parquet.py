@@ -361,7 +361,7 @@ def test_compressed_keys_stay_where_they_are(tmp_path):
 
 @pytest.mark.parametrize("value", ["\ud800", float("nan")])
 def test_settings_that_no_manifest_can_hold_are_noticed_before_one_is_written(memory, exported, value):
-    found = json.loads(pq.read_schema(exported).metadata[b"memlm"])
+    found = json.loads(pq.ParquetFile(exported).metadata.metadata[b"memlm"])
     found.pop("sha256")
     found["encoder"]["name"] = value
     with pytest.raises(ValueError):
