@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, default_data_collator
 
 import memlm
-from memlm.training import load_trime_recipe
+from memlm.training import load_spalm_recipe, load_trime_recipe
 
 PAGE = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
 SETTINGS = re.findall(r"^\| (`[^|]*) \| ([^|]*) \|", PAGE, re.M)
@@ -62,3 +62,23 @@ def test_the_loops_run_as_they_are_written(tmp_path, monkeypatch, tiny_lm):
     names["documents"] = [torch.arange(1, 40).numpy()]
     exec(compile(carried, "carried keys and values", "exec"), names)
     assert names["logits"].isfinite().all()
+
+
+def test_the_recipe_of_the_spalm_page_is_one(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "spalm.md").read_text()
+    path = tmp_path / "recipe.toml"
+    path.write_text(re.findall(r"```toml\n(.*?)```", page, re.DOTALL)[0])
+    recipe = load_spalm_recipe(path)
+    assert (recipe.memory.k, recipe.memory.gates, recipe.memory.trained) == (4, "scalar", "all")
+    assert (recipe.batches.length, recipe.batches.streams, recipe.batches.carry) == (256, 8, 256)
+
+
+def test_the_loop_of_the_spalm_page_runs_as_it_is_written(tmp_path, tiny_lm):
+    page = (Path(__file__).parent.parent / "docs" / "spalm.md").read_text()
+    lm, documents = tiny_lm(), [memlm.Document(id=str(n), text=f"The cat {n} was on the roof. " * 9) for n in range(3)]
+    memory = memlm.Datastore.build(lm, documents, tmp_path / "memory", show_progress=False)
+    names = {"lm": lm, "documents": documents, "memory": memory}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], names)
+    batch = default_data_collator([names["segments"][0]])
+    assert names["loss_of"](lm.model, batch, update=0, updates=1).isfinite()
+    assert names["mixture"].k == 4
