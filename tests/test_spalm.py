@@ -16,6 +16,7 @@ import memlm
 from command_line import make_world, refused, run
 from memlm import KnnMixture, attach, evaluate, explain, ops
 from memlm.errors import ConfigError, ModelError
+from memlm.evaluation import tune_report
 from memlm.evidence import Belief, Evidence, Found, OutputEmbedding
 from memlm.mixtures import HeldOut, SpalmMixture, SteeredMixture, fit_spalm, fit_steered, load_mixture
 from memlm.mixtures._features import names
@@ -340,6 +341,23 @@ def test_from_the_command_line(kind, tmp_path):
     assert wrote.code == 0, wrote.err
     line = refused("tune", model, "none", texts / "valid", "--mixture", kind)
     assert f"{kind} has nothing to look at" in line
+
+
+def test_tuning_searches_for_no_more_neighbors_than_count(tmp_path, monkeypatch):
+    """λ and T are those of the four neighbors that the gate looks at, not of a thousand."""
+    lm = lm_of("llama")
+    memory = store(lm, STORED, tmp_path / "store")
+    asked = []
+    lookup = memlm.Datastore.lookup
+    monkeypatch.setattr(
+        memlm.Datastore, "lookup", lambda self, queries, k, *rest: asked.append(k) or lookup(self, queries, k, *rest)
+    )
+    held = [memlm.Document(id="held", text=f"{TEXT} {TEXT}")]
+    for kind in ("spalm", "steered"):
+        assert tune_report(lm, memory, held, kind=kind, show_progress=False).best.k <= 4
+    assert set(asked) == {4}
+    tune_report(lm, memory, held, kind="knn", show_progress=False)
+    assert max(asked) > 4, "the control"
 
 
 def test_a_black_box_shows_no_states():

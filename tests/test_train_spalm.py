@@ -446,8 +446,11 @@ def test_the_whole_way_by_the_command_line(place, tmp_path):
     )
     assert scored.code == 0, scored.err
     assert [row["method"] for row in json.loads(scored.out)["results"]] == ["lm", "spalm"]
-    told = run("explain", output / "model", tmp_path / "memory", "abc abc", "--mixture", summary["mixture"], "--json")
+    gate = "--mixture", summary["mixture"], "--json"
+    told = run("explain", output / "model", tmp_path / "memory", "abc abc", *gate)
     assert told.code == 0, told.err
+    wrote = run("generate", output / "model", tmp_path / "memory", "abc", *gate, "--max-new-tokens", "5")
+    assert wrote.code == 0, wrote.err
     lm = memlm.load(output / "model", device="cpu")
     result = evaluate(
         lm, [str(place / "test")], Datastore(tmp_path / "memory"), load_mixture(summary["mixture"]), show_progress=False

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..documents import describe
 from ..errors import ConfigError, DatastoreError, DatastoreMismatch
 from ..progress import progress
 from ..text import count
@@ -68,7 +69,7 @@ def merge_documents(
             part = copy_documents(path, manifest, source, group, advance, encode)
             places = [directory.with_id(source.document(place)["id"]) for place in group]
             others = [place for place in places if place is not None]
-            change = f"merge {count(len(group), 'document')} of {other.name.encode(errors='replace').decode()}"
+            change = f"merge {count(len(group), 'document')} of {describe(other.name)}"
             segments = (*with_deleted(manifest, directory, others), part)
             manifest = manifest.following(change, segments=segments, kept=segment_used(manifest))
             manifest.publish(path)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..documents import Document
+from ..documents import Document, describe
 from ..errors import DatastoreCorrupt, MemlmError
 from ..files import new_folder
 from ..progress import progress
@@ -162,7 +162,7 @@ def import_documents(
         index_of: Builds the index of a version that is not published yet, in a folder.
         show_progress: Show rate and time left on stderr.
     """
-    manifest = replace(export.manifest, change=f"import of {export.path.name}")
+    manifest = replace(export.manifest, change=f"import of {describe(export.path.name)}")
     seen: set[bytes] = set()
     with new_folder(path) as folder, progress("importing", export.entries, show=show_progress) as advance:
         for groups in export.segments:

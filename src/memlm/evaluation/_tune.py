@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from ..evidence import SQUARED_L2
 from ..mixtures import (
     FITTED,
+    STATE_NEIGHBORS,
     STATES,
     HeldOut,
     KnnMixture,
@@ -141,7 +142,7 @@ def tune_report(
         return tune_trime(lm, memory, source, max_k=max_k, max_tokens=max_tokens, show_progress=show_progress)
     check_memory(kind, SQUARED_L2, memory)
     text = Text(lm, source, max_tokens)
-    k = min(max_k, len(memory))
+    k = min(STATE_NEIGHBORS if kind in STATES else max_k, max_k, len(memory))
     beliefs = kind not in ("knn", "buckets", "exponential", "logistic")
     options = {"beliefs": beliefs, "hidden": kind in STATES, "show_progress": show_progress, "description": "tuning"}
     cached = gather(retrieve(lm, text, memory, [k], **options), text.tokens)

@@ -16,6 +16,7 @@ from ._fit_cache import fit_cache as fit_cache
 from ._fit_cache import fit_shared_cache as fit_shared_cache
 from ._fit_gate import fit_gate as fit_gate
 from ._fit_learned import skipping_curve as skipping_curve
+from ._fit_spalm import STATE_NEIGHBORS as STATE_NEIGHBORS
 from ._fit_spalm import fit_spalm as fit_spalm
 from ._fit_spalm import fit_steered as fit_steered
 from ._fit_trime import fit_trime as fit_trime
@@ -35,15 +36,19 @@ from ._mixture import memory_likelihoods as memory_likelihoods
 from ._mixture import nearest as nearest
 from ._saved import fitted_with as fitted_with
 from ._saved import load_mixture as load_mixture
+from ._spalm import FIRST_GATE as FIRST_GATE
 from ._spalm import SpalmMixture as SpalmMixture
 from ._spalm import SteeredMixture as SteeredMixture
+from ._spalm import first_size as first_size
 from ._storage import check_place as check_place
 from ._trime import TrimeMixture as TrimeMixture
 
 __all__ = [
     "CACHE",
+    "FIRST_GATE",
     "FITTED",
     "STATES",
+    "STATE_NEIGHBORS",
     "AdapterMixture",
     "BucketMixture",
     "CacheMixture",
@@ -63,6 +68,7 @@ __all__ = [
     "check_memory",
     "check_place",
     "choose",
+    "first_size",
     "fit",
     "fit_cache",
     "fit_gate",

@@ -14,13 +14,11 @@ from ._features import features
 from ._fixed import KnnMixture
 from ._heldout import HeldOut
 from ._network import Network
-from ._spalm import SpalmMixture, SteeredMixture, state_of, steered
+from ._spalm import FIRST_GATE, SpalmMixture, SteeredMixture, first_size, state_of, steered
 from ._train import train
 
 _WIDTHS = (32, 24, 1)
-_NEIGHBORS = 4  # as in the paper
-_FIRST_GATE = 3.0  # logit of g: the model alone, nearly
-_FIRST_STEP = 40.0  # nats by which memory alone would raise its token: at the first gate it is 2
+STATE_NEIGHBORS = 4  # as in the paper
 _UPDATES, _EPOCHS, _BATCH, _RATE = 800, 10, 512, 3e-3
 
 
@@ -62,10 +60,9 @@ def fit_spalm(held: HeldOut, base: KnnMixture, seed: int = 0, *, gates: int = 1)
     hidden, layer = state_of(held.evidence)
     found = held.evidence.memories[0]
     mean, scale = hidden.mean(dim=0), hidden.std(dim=0).mean().clamp_min(1e-6)
-    first = math.log(_FIRST_STEP / float(layer.weight.square().sum(dim=1).mean().clamp_min(1e-6)))
     gate = torch.zeros(gates, hidden.shape[1], requires_grad=True)  # of (h - mean) / scale
-    bias = torch.full((gates,), _FIRST_GATE, requires_grad=True)
-    size = torch.tensor(first, requires_grad=True)  # its log
+    bias = torch.full((gates,), FIRST_GATE, requires_grad=True)
+    size = torch.tensor(math.log(first_size(layer.weight)), requires_grad=True)  # its log
 
     def losses(rows: Tensor) -> Tensor:
         states, present = hidden[rows], found.present[rows]
@@ -97,7 +94,7 @@ def fit_spalm(held: HeldOut, base: KnnMixture, seed: int = 0, *, gates: int = 1)
 def _with_neighbors(held: HeldOut, base: KnnMixture) -> tuple[HeldOut, int]:
     """Return the targets for which something was found, with few neighbors each, and how many."""
     state_of(held.evidence)
-    k = min(_NEIGHBORS, base.k)
+    k = min(STATE_NEIGHBORS, base.k)
     held = HeldOut(held.targets, held.lm_log_probs, held.evidence.nearest([k]), held.groups, held.statistics)
     some = held.evidence.memories[0].present.any(dim=1).numpy()
     if not some.any():

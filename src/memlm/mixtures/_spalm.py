@@ -22,6 +22,8 @@ from ._mixture import Mix, Mixture, check_count, check_positive, check_weight
 from ._network import Network
 
 _LOGITS = 1 << 25  # bytes of float32 logits alive at once
+FIRST_GATE = 3.0  # logit of g where training begins: the model alone, nearly
+_FIRST_STEP = 40.0  # nats by which memory alone would then raise its token: at the first gate it is 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +181,11 @@ class SteeredMixture(StateMixture):
         network = f"a network of {self.network.parameters:,} parameters"
         settings = f"λ {self.interpolation_weight:.3f}, temperature {self.temperature:.3g}, k {self.k:,}"
         return f"the state moved towards the neighbors' tokens by {network} around {settings}"
+
+
+def first_size(weight: Tensor) -> float:
+    """Return the size of m with which training begins, for an output embedding of shape (vocabulary, width)."""
+    return _FIRST_STEP / float(weight.square().sum(dim=1).mean().clamp_min(1e-6))
 
 
 def steered(said: Tensor, evidence: Evidence, interpolation_weight: float, temperature: float) -> Tensor:

@@ -142,7 +142,7 @@ class _Attached(NamedTuple):
 
 def _mix(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, attached: _Attached) -> Any:
     """Forward hook of the top-level model: put the mixture in the place of the logits."""
-    site, captured, memories, mixture, layer, last = attached
+    site, memories, mixture = attached.site, attached.memories, attached.mixture
     if args:
         kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
     as_tuple = isinstance(output, tuple)
@@ -152,7 +152,7 @@ def _mix(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
     logits = output[place] if as_tuple else output.logits  # (batch, kept, vocabulary)
     tokens = kwargs.get("input_ids")
     width = tokens.shape[1] if tokens is not None else kwargs["inputs_embeds"].shape[1]
-    all_keys = keys_of(captured, site, logits.shape[0], width).detach()
+    all_keys = keys_of(attached.captured, site, logits.shape[0], width).detach()
     kept = _kept(torch.arange(width), kwargs.get("logits_to_keep", 0))
     keys = all_keys[:, kept.to(all_keys.device)]
     if keys.shape[:2] != logits.shape[:2]:
@@ -168,19 +168,18 @@ def _mix(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
         memories = [Cache(min(len(item), longest)) if isinstance(item, Cache) else item for item in memories]
     sizes = [len(item) if isinstance(item, Cache) else k for item, k in zip(memories, mixture.ks, strict=True)]
     together = max(1, _FOUND_TOGETHER // max(1, len(logits) * sum(sizes)))
-    states = None if layer is None else last.states()  # (batch, kept, width)
+    states = None if attached.layer is None else attached.last.states()  # (batch, kept, width)
+    attached = attached._replace(memories=memories)
     with torch.autocast(logits.device.type, enabled=False):  # probabilities in bfloat16 would not add up to 1
         parts = [
             _mixed(
                 logits[:, some],
                 keys[:, some],
+                None if states is None else states[:, some],
                 tokens,
                 past,
                 kept[some],
-                memories,
-                mixture,
-                layer,
-                None if states is None else states[:, some],
+                attached,
             )
             for some in torch.arange(len(kept)).split(together)
         ]
@@ -201,27 +200,24 @@ def _mix(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
 def _mixed(
     logits: Tensor,
     keys: Tensor,
+    states: Tensor | None,
     tokens: Tensor | None,
     past: Past | None,
     kept: Tensor,
-    memories: list[Any],
-    mixture: Mixture,
-    layer: OutputEmbedding | None,
-    states: Tensor | None,
+    attached: _Attached,
 ) -> Tensor:
     """Return the mixture's log probabilities at some places, float32, shape (batch, kept, vocabulary).
 
     Args:
         logits: There, shape (batch, kept, vocabulary).
         keys: There, shape (batch, kept, key width).
+        states: What the output embedding reads there, shape (batch, kept, width), for a mixture that changes it.
         tokens: That the model has read in this pass, int64, shape (batch, width).
         past: Where caches look back.
         kept: The places' numbers within this pass, int64, shape (kept,).
-        memories: One for each that the mixture is for.
-        mixture: How to mix.
-        layer: That reads the states, for a mixture that changes them.
-        states: There, shape (batch, kept, width).
+        attached: Memories and mixture.
     """
+    memories, mixture = attached.memories, attached.mixture
     flat = logits.flatten(0, 1).float()  # (n, vocabulary)
     queries = keys.flatten(0, 1).float()
     belief = None
@@ -239,7 +235,7 @@ def _mixed(
         else:
             part = _lookup(memory, queries, k, asked)
         found.append(Found(*(None if item is None else item.to(flat.device) for item in part)))  # type: ignore
-    mixed = mixture.log_probs(flat.log_softmax(dim=-1), Evidence(tuple(found), belief, layer))
+    mixed = mixture.log_probs(flat.log_softmax(dim=-1), Evidence(tuple(found), belief, attached.layer))
     return mixed.reshape(logits.shape).to(torch.float32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sysconfig
 import zlib
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from ..documents import Document
 from ..errors import CorpusError
+from ..files import write_atomically
 
 # Tests, tables that are nearly the same, other people's packages, and what a Python may lack or has lost by now
 _LEFT_OUT = {
@@ -49,6 +51,14 @@ def standard_library(sizes: Mapping[str, int], longest: Mapping[str, int]) -> di
                 "memlm with another Python"
             )
     return splits
+
+
+def write_texts(folder: Path, documents: Mapping[str, list[Document]]) -> None:
+    """Write each side into `folder` as JSON lines that `Corpus` reads."""
+    folder.mkdir(exist_ok=True)
+    for name, items in documents.items():
+        lines = (json.dumps({"id": item.id, "text": item.text}) + "\n" for item in items)
+        write_atomically(folder / f"{name}.jsonl", "".join(lines))
 
 
 def _files(root: Path) -> Iterator[Path]:

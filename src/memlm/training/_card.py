@@ -73,10 +73,6 @@ def write_trime_card(path: Path, recipe: TrimeRecipe, summary: dict[str, Any]) -
     kinds, batches = recipe.memory.kinds, recipe.batches
     start = "from scratch" if recipe.from_ is None else f"from {Path(recipe.from_).name}"
     seen = f"with {', '.join(kinds)} memory (TRIME, Zhong et al. 2022)" if kinds else "without memory"
-    valid = "\n".join(
-        f"| {name} | {row['perplexity']:.2f} | {row['perplexity_without_memory']:.2f} |"
-        for name, row in summary["valid"].items()
-    )
     streams, rows = batches.layout
     path.write_text(
         f"""---
@@ -96,9 +92,7 @@ pipeline_tag: text-generation
 
 Perplexity a token on validation text; the memory of a token is what its batch shows.
 
-| text | with memory | without |
-|---|---|---|
-{valid}
+{_with_and_without(summary)}
 
 It loads with `from_pretrained`. Its memory comes from memlm: `memlm tune MODEL none valid/ --mixture trime`.
 
@@ -110,10 +104,6 @@ Made by `memlm train trime`.
 def write_spalm_card(path: Path, recipe: SpalmRecipe, summary: dict[str, Any]) -> None:
     """Write the card of a model trained with its neighbors' next tokens, in Markdown."""
     memory, batches = recipe.memory, recipe.batches
-    valid = "\n".join(
-        f"| {name} | {row['perplexity']:.2f} | {row['perplexity_without_memory']:.2f} |"
-        for name, row in summary["valid"].items()
-    )
     trained = "the model and its gate" if memory.trained == "all" else "the gate alone"
     path.write_text(
         f"""---
@@ -134,9 +124,7 @@ pipeline_tag: text-generation
 
 Perplexity a token on validation text, with the neighbors that the model at the start has found.
 
-| text | with memory | without |
-|---|---|---|
-{valid}
+{_with_and_without(summary)}
 
 It loads with `from_pretrained`. Its gate is `spalm.json`, a mixture of memlm: `memlm build MODEL train/ --output
 memory/`, then `memlm eval MODEL memory/ test/ --mixture spalm.json`.
@@ -144,3 +132,11 @@ memory/`, then `memlm eval MODEL memory/ test/ --mixture spalm.json`.
 Made by `memlm train spalm`.
 """
     )
+
+
+def _with_and_without(summary: dict[str, Any]) -> str:
+    """Return the perplexities on validation text as a table."""
+    lines = ["| text | with memory | without |", "|---|---|---|"]
+    for name, row in summary["valid"].items():
+        lines.append(f"| {name} | {row['perplexity']:.2f} | {row['perplexity_without_memory']:.2f} |")
+    return "\n".join(lines)

@@ -154,20 +154,21 @@ def train_reader(
     reader.requires_grad_(True)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=learning_rate, weight_decay=0.0)
     earlier: dict[tuple[int, ...], TensorRows] = {}  # the newest last
+    kept = 0  # rows of these
     try:
         with progress("reader", steps, "steps", show=show_progress) as advance:
             for step in range(steps):
                 asked, text = next(episodes)
                 names = [tuple(item.fact[: item.place]) for item in asked]
                 for name in names:  # two rows of one name could not be told apart
-                    earlier.pop(name, None)
+                    kept -= len(earlier.pop(name, ()))
                 before = _joined(list(earlier.values())) if earlier else None
                 loss, made = reader_loss(model, reader, asked, text, before)
                 for name, rows in zip(names, made, strict=True):
-                    earlier.pop(name, None)
+                    kept += len(rows) - len(earlier.get(name, ()))
                     earlier[name] = TensorRows(rows.keys.detach(), rows.values.detach())
-                while sum(map(len, earlier.values())) > others:
-                    del earlier[next(iter(earlier))]
+                while kept > others:
+                    kept -= len(earlier.pop(next(iter(earlier))))
                 optimizer.zero_grad()
                 loss.total.backward()
                 torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)

@@ -99,7 +99,9 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def read_table(path: str | Path) -> dict[str, Any]:
-    """Read TOML; `train` and `valid` become paths that are relative to where the program runs."""
+    """Read TOML; `train` and `valid` become paths that are relative to where the program runs, and so does `from` where
+    a folder of that name lies beside the file.
+    """
     path = Path(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -110,6 +112,9 @@ def read_table(path: str | Path) -> dict[str, Any]:
     for split in ("train", "valid"):
         if isinstance(table.get(split), list):
             table[split] = [str(path.parent / str(name)) for name in table[split]]
+    start = table.get("from")
+    if isinstance(start, str) and (path.parent / start).is_dir():
+        table["from"] = str(path.parent / start)
     return table
 
 

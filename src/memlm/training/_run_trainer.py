@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from ..documents import Corpus
 from ..errors import ConfigError
 from ..models import LanguageModel
 from ..progress import progress
@@ -31,6 +32,16 @@ class Finished(NamedTuple):
     steps: int
     clock: Clock
     valid: dict[str, Any]
+
+    def summary(self, lm: LanguageModel) -> dict[str, Any]:
+        """Return what a command tells of it."""
+        return {
+            "steps": self.steps,
+            "tokens": self.clock.tokens(self.steps),
+            "tokens_per_epoch": self.clock.tokens(self.clock.updates),
+            "parameters": lm.model.num_parameters(),
+            "valid": self.valid,
+        }
 
 
 def run_to_the_end(
@@ -84,6 +95,7 @@ def device_of(name: str | None, autocast: bool) -> str:
 
 
 def check_reports(names: list[str]) -> None:
+    """Find a report that cannot be made before anything is done."""
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ConfigError(f"report_to names {name!r}; expected any of {', '.join(INTEGRATION_TO_CALLBACK)}")
@@ -92,10 +104,11 @@ def check_reports(names: list[str]) -> None:
 
 
 def check_texts(paths: list[str]) -> None:
-    """Find a wrong path before a model is loaded and half of the text is read."""
+    """Find a wrong path, or one without text, before a model is loaded and half of the text is read."""
     for path in paths:
         if not Path(path).exists():
             raise ConfigError(f"{path} does not exist; expected a file or a folder of text")
+        next(iter(Corpus([path])))  # raises where there is no text
 
 
 def last_checkpoint(output: Path) -> Path | None:

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import ConfigError, ModelError
-from ..mixtures import SpalmMixture
+from ..mixtures import FIRST_GATE, SpalmMixture, first_size
 from ..models import CarriedCache, capture_hidden, output_embedding
 from ._trime import IGNORED, PLACES, TargetLogProbs, at_targets, targets_of
 
 GATE = "spalm_gate."  # before the names of the gate's tensors in a model's state
 SPALM_FIELDS = ("neighbors", "context", "context_tokens")
-_FIRST_GATE, _FIRST_STEP = 3.0, 40.0  # as where the gate alone is fitted
 
 
 class SpalmGate(nn.Module):
@@ -34,7 +33,7 @@ class SpalmGate(nn.Module):
     def __init__(self, width: int, gates: int = 1, size: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(gates, width))
-        self.bias = nn.Parameter(torch.full((gates,), _FIRST_GATE))
+        self.bias = nn.Parameter(torch.full((gates,), FIRST_GATE))
         self.log_size = nn.Parameter(torch.tensor(math.log(size)))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -64,8 +63,8 @@ def add_spalm_gate(model: Any, *, gates: str = "scalar") -> SpalmGate:
         raise ConfigError(f"gates is {gates!r}; expected 'scalar', or 'vector' for one a dimension")
     embeddings = output_embedding(model).weight
     width = embeddings.shape[1]
-    size = _FIRST_STEP / float(embeddings.square().sum(dim=1).mean().clamp_min(1e-6))
-    model.spalm_gate = SpalmGate(width, 1 if gates == "scalar" else width, size).to(embeddings.device)
+    count = 1 if gates == "scalar" else width
+    model.spalm_gate = SpalmGate(width, count, first_size(embeddings)).to(embeddings.device)
     return model.spalm_gate
 
 

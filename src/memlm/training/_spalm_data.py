@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ._segments import Ids, Segments, consecutive_segments
 _TOGETHER = 1 << 13  # queries
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SpalmSegments(Segments):
     """`Segments` whose rows have `neighbors`, int64, shape (length, k), too; see `SpalmLoss`.
 
@@ -27,12 +28,13 @@ class SpalmSegments(Segments):
         carry: Tokens before a segment that come along as `context`; 0 for none.
     """
 
-    neighbors: npt.NDArray[np.int32] = None  # type: ignore[assignment]
+    neighbors: npt.NDArray[np.int32]
     carry: int = 0
 
-    def __post_init__(self) -> None:
-        counts = [max(0, len(ids) - 1) for ids in self.documents]
-        object.__setattr__(self, "_first", np.cumsum([0, *counts]))
+    @cached_property
+    def _first(self) -> npt.NDArray[np.int64]:
+        """Number of each document's first target."""
+        return np.cumsum([0, *(max(0, len(ids) - 1) for ids in self.documents)])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = super().__getitem__(index)
@@ -43,7 +45,7 @@ class SpalmSegments(Segments):
         if document >= 0:
             ids = self.documents[document]
             count = min(self.length, len(ids) - position) - 1
-            first = self._first[document] + position  # type: ignore[attr-defined]
+            first = self._first[document] + position
             found[:count] = self.neighbors[first : first + count]
             before = ids[max(0, position - self.carry) : position]
             context[: len(before)] = before
@@ -74,8 +76,8 @@ def spalm_segments(
         ConfigError: A number is too small, or there are no two tokens in any document.
     """
     plain = consecutive_segments(documents, length, streams=streams, padding=padding)
-    parts = (plain.documents, plain.cuts, plain.order, plain.length, plain.rows_per_batch, plain.padding)
-    return SpalmSegments(*parts, neighbors=neighbors, carry=carry)
+    parts = {item.name: getattr(plain, item.name) for item in fields(plain)}
+    return SpalmSegments(**parts, neighbors=neighbors, carry=carry)
 
 
 def neighbor_tokens(

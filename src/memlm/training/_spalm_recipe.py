@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ._recipe import build, read_table
-from ._trime_recipe import MAY_CHANGE, TrimeSchedule, check_numbers
+from ._trime_recipe import TrimeSchedule, check_numbers
 
 _MOST = 64  # neighbors of a token
 GATES, TRAINED = ("scalar", "vector"), ("all", "gate")
@@ -107,8 +107,7 @@ class SpalmRecipe:
     @staticmethod
     def fixed() -> list[str]:
         """Return what may not change when a run goes on, as `check_recipe` takes it."""
-        names = [item.name for item in dataclasses.fields(TrimeSchedule) if item.name not in MAY_CHANGE]
-        return ["method", "train", "valid", "from", "memory", "batches", *(f"schedule.{name}" for name in names)]
+        return ["method", "train", "valid", "from", "memory", "batches", *TrimeSchedule.fixed()]
 
 
 def load_spalm_recipe(path: str | Path) -> SpalmRecipe:
@@ -119,9 +118,5 @@ def load_spalm_recipe(path: str | Path) -> SpalmRecipe:
     Raises:
         ConfigError: The file cannot be read, a key is unknown or missing, or a value cannot work.
     """
-    table = read_table(path)
-    start = table.get("from")
-    if isinstance(start, str) and (Path(path).parent / start).is_dir():
-        table["from"] = str(Path(path).parent / start)
     tables: Mapping[str, Any] = {"memory": SpalmSettings, "batches": SpalmBatches, "schedule": TrimeSchedule}
-    return build(SpalmRecipe, table, str(path), tables)
+    return build(SpalmRecipe, read_table(path), str(path), tables)

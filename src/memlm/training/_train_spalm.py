@@ -15,7 +15,7 @@ from ..datastore import Datastore
 from ..documents import Corpus
 from ..errors import ConfigError, DatastoreError
 from ..files import atomic_writer, write_json
-from ..models import CarriedCache, LanguageModel, load
+from ..models import CarriedCache, LanguageModel, load, output_embedding
 from ._card import write_spalm_card
 from ._run import check_recipe, file_names, published
 from ._run_trainer import check_reports, check_texts, device_of, last_checkpoint, run_to_the_end
@@ -54,16 +54,13 @@ def train_spalm(
     check_reports(recipe.schedule.report_to)
     check_texts([*recipe.train, *recipe.valid])
     check_recipe(recipe.describe(), recipe.fixed(), output)
-    for path in [*recipe.train, *recipe.valid]:
-        next(iter(Corpus([path])))  # raises where there is no text
     start = load(recipe.from_, device=device)
     if recipe.batches.length > start.positions:
         raise ConfigError(
             f"length = {recipe.batches.length} is longer than the {start.positions} positions of {start.name}"
         )
     _check_carry(recipe, start)
-    add_spalm_gate(start.model, gates=recipe.memory.gates)  # refuses a model before anything is written
-    del start.model.spalm_gate
+    output_embedding(start.model)  # refuses a model before anything is written
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "recipe.json", recipe.describe())
     memory = _stored(recipe, start, output, show_progress)
@@ -81,20 +78,12 @@ def train_spalm(
         gate.load_state_dict(_gate_of(checkpoint))
     loss = SpalmLoss(recipe.batches.carry)
     options = {"device": device, "show": show_progress}
-    steps, clock, losses = run_to_the_end(recipe.schedule, lm, loss, train, valid, output, **options)
+    finished = run_to_the_end(recipe.schedule, lm, loss, train, valid, output, **options)
 
-    mixture = gate.mixture(recipe.memory.k)
     del lm.model.spalm_gate
-    summary: dict[str, Any] = {
-        "model": str(output / "model"),
-        "mixture": str(output / "spalm.json"),
-        "steps": steps,
-        "tokens": clock.tokens(steps),
-        "tokens_per_epoch": clock.tokens(clock.updates),
-        "parameters": lm.model.num_parameters(),
-        "valid": losses,
-    }
-    mixture.save(output / "spalm.json")
+    gate.mixture(recipe.memory.k).save(output / "spalm.json")
+    names = {"model": str(output / "model"), "mixture": str(output / "spalm.json")}
+    summary = {**names, **finished.summary(lm)}
     with published(output / "model") as folder:
         lm.model.save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)

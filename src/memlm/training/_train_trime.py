@@ -60,16 +60,8 @@ def train_trime(
     memory, seed = recipe.memory, recipe.schedule.seed
     loss = TrimeLoss(memories=memory.memories(), warmup=memory.warmup, temperature=memory.temperature, seed=seed)
     options = {"device": device, "show": show_progress}
-    steps, clock, losses = run_to_the_end(recipe.schedule, lm, loss, train, valid, output, **options)
-    summary: dict[str, Any] = {
-        "model": str(output / "model"),
-        "memory": recipe.memory.kinds,
-        "steps": steps,
-        "tokens": clock.tokens(steps),
-        "tokens_per_epoch": clock.tokens(clock.updates),
-        "parameters": lm.model.num_parameters(),
-        "valid": losses,
-    }
+    finished = run_to_the_end(recipe.schedule, lm, loss, train, valid, output, **options)
+    summary = {"model": str(output / "model"), "memory": recipe.memory.kinds, **finished.summary(lm)}
     with published(output / "model") as folder:
         lm.model.save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)

@@ -15,7 +15,7 @@ from ._recipe import ModelShape, build, read_table
 KINDS = ("local", "long-term", "external")
 CONSECUTIVE, BM25 = "consecutive", "bm25"
 # What may change when a run goes on: how long it is, and how often it is looked at.
-MAY_CHANGE = {"steps", "epochs", "evaluate_every", "checkpoint_every", "report_to"}
+_MAY_CHANGE = {"steps", "epochs", "evaluate_every", "checkpoint_every", "report_to"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +144,12 @@ class TrimeSchedule:
         check_numbers("schedule", self, "weight_decay", "warmup_steps", "seed", least=0)
         check_numbers("schedule", self, "decay_fraction", least=0, most=1)
 
+    @staticmethod
+    def fixed() -> list[str]:
+        """Return what may not change when a run goes on, as `check_recipe` takes it."""
+        names = (item.name for item in dataclasses.fields(TrimeSchedule))
+        return [f"schedule.{name}" for name in names if name not in _MAY_CHANGE]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrimeRecipe:
@@ -199,8 +205,7 @@ class TrimeRecipe:
     @staticmethod
     def fixed() -> list[str]:
         """Return what may not change when a run goes on, as `check_recipe` takes it."""
-        names = [item.name for item in dataclasses.fields(TrimeSchedule) if item.name not in MAY_CHANGE]
-        return ["method", "train", "valid", "from", "model", "memory", "batches", *(f"schedule.{n}" for n in names)]
+        return ["method", "train", "valid", "from", "model", "memory", "batches", *TrimeSchedule.fixed()]
 
 
 def load_trime_recipe(path: str | Path) -> TrimeRecipe:
@@ -211,17 +216,13 @@ def load_trime_recipe(path: str | Path) -> TrimeRecipe:
     Raises:
         ConfigError: The file cannot be read, a key is unknown or missing, or a value cannot work.
     """
-    table = read_table(path)
-    start = table.get("from")
-    if isinstance(start, str) and (Path(path).parent / start).is_dir():
-        table["from"] = str(Path(path).parent / start)
     tables: Mapping[str, Any] = {
         "model": ModelShape,
         "memory": MemorySettings,
         "batches": Batches,
         "schedule": TrimeSchedule,
     }
-    return build(TrimeRecipe, table, str(path), tables)
+    return build(TrimeRecipe, read_table(path), str(path), tables)
 
 
 def check_numbers(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
 
-from ...files import write_atomically
+from ...documents import Corpus
 from .._code_tokenizer import code_tokenizer
 from .._experiment import PERPLEXITY, Claim, Experiment, Measured, Place, Task
-from .._sources import standard_library
+from .._sources import standard_library, write_texts
 from . import _rows as rows
 from ._sizes import FULL, TINY, Sizes
 
@@ -80,19 +79,11 @@ def prepare(sizes: Sizes, folder: Path) -> dict[str, Any]:
     if not place.exists():
         room = {"train": sizes.train, "valid": sizes.test, "test": sizes.test}  # nothing is tuned: valid is left
         documents = standard_library(room, room | {"test": sizes.test_file})
-        place.mkdir()
-        for name in ("train", "test"):
-            lines = (json.dumps({"id": item.id, "text": item.text}) + "\n" for item in documents[name])
-            write_atomically(place / f"{name}.jsonl", "".join(lines))
+        write_texts(place, {name: documents[name] for name in ("train", "test")})
         facts = {"standard library of Python": platform.python_version()}
-    texts = {name: _texts(folder, name) for name in ("train", "test")}
+    texts = {name: [item.text for item in Corpus(place / f"{name}.jsonl")] for name in ("train", "test")}
     code_tokenizer(texts["train"], sizes.vocabulary, sizes.long).save_pretrained(folder / "tokenizer")
     return facts | {f"{name} documents": len(items) for name, items in texts.items()}
-
-
-def _texts(folder: Path, name: str) -> list[str]:
-    lines = (folder / "text" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines]
 
 
 def work(sizes: Sizes, arm: str) -> int:

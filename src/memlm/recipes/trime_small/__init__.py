@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from pathlib import Path
 from typing import Any
 
-from ...files import write_atomically
 from .._code_tokenizer import code_tokenizer
 from .._experiment import PERPLEXITY, Claim, Experiment, Measured, Place, Task
-from .._sources import standard_library
+from .._sources import standard_library, write_texts
 from . import _rows as rows
 from ._sizes import FULL, TINY, Sizes
 
@@ -116,10 +114,7 @@ def prepare(sizes: Sizes, folder: Path) -> dict[str, Any]:
     room = {"train": sizes.train, "valid": sizes.valid, "test": sizes.test}
     longest = {"train": sizes.train, "valid": sizes.valid_file, "test": sizes.test_file}
     documents = standard_library(room, longest)
-    (folder / "text").mkdir(exist_ok=True)
-    for name, items in documents.items():
-        lines = (json.dumps({"id": item.id, "text": item.text}) + "\n" for item in items)
-        write_atomically(folder / "text" / f"{name}.jsonl", "".join(lines))
+    write_texts(folder / "text", documents)
     texts = (document.text for document in documents["train"])
     code_tokenizer(texts, sizes.vocabulary, sizes.length).save_pretrained(folder / "tokenizer")
     files = {f"{name} files": len(items) for name, items in documents.items()}
