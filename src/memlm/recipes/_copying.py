@@ -19,10 +19,10 @@ class CopyingLM(nn.Module):
     """A Llama whose embedding sees the token before, and whose last layer starts as an induction head.
 
     To find in a memory what followed the present token, a layer must compare it with the token *before* each entry.
-    Here every state holds both, e(x_t) + T e(x_{t−1}); T starts as a random rotation, and the last layer's queries, keys
-    and values so that it looks where the token before was the present one, and copies what stands there. Training finds
-    such a circuit by itself, but not in minutes. As in Wu et al. 2022, that layer has no positions, and its queries and
-    keys have length 1.
+    Here every state holds both, e(x_t) + T e(x_{t−1}); T starts as a random rotation, and the last layer's queries,
+    keys and values so that it looks where the token before was the present one, and copies what stands there. Training
+    finds such a circuit by itself, but not in minutes. As in Wu et al. 2022, that layer has no positions, and its
+    queries and keys have length 1.
 
     Args:
         vocabulary: Tokens.

@@ -22,9 +22,10 @@ DESCRIPTION = """
 A “squat” language model has a long context and few parameters. Four Llamas of about equal parameters are trained on
 the same documents in the same order, as many tokens an update and as many updates; documents are read segment by
 segment, and a memory (Memorizing Transformers, Wu et al. 2022, arXiv:2203.08913, one softmax with local attention, a
-learned drop-off by age) is emptied where another document begins. All four begin as models that copy: every state holds
-the token before, and the last layer, which has no positions, looks where that was the present token. Training would find
-this, but not in minutes. Where segments are long, an update reads the next segments of a few of the documents in turn.
+learned drop-off by age) is emptied where another document begins. All four begin as models that copy: every state
+holds the token before, and the last layer, which has no positions, looks where that was the present token. Training
+would find this, but not in minutes. Where segments are long, an update reads the next segments of a few of the
+documents in turn.
 
 The tokenizer is byte-level BPE, made of the training text. The *window* is a segment of the short kind: a token counts
 as last seen beyond it where it stands in the document before, but not among that many tokens before it.
