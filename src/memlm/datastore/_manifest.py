@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import DatastoreCorrupt, DatastoreError, DatastoreMismatch, FormatVersionError
 from ..evidence import METRICS
 from ..files import write_json
-from ._part import CODEC_FILE, FILE_FIELDS, SEGMENT_FILES, Part, check_deleted, check_fields, part_of
+from ._part import CODEC_FILE, FILE_FIELDS, SEGMENT_FILES, Part, check_deleted, check_fields, check_inside, part_of
 
 FORMAT = "memlm-datastore"
 FORMAT_VERSION = 3
@@ -334,6 +334,9 @@ def read_current(path: Path) -> dict[str, Any]:
 
 def _parsed(file: Path) -> Any:
     """Read a file that `write_json` wrote."""
+    check_inside(file, file.parent)
+    if file.exists() and not file.is_file():
+        raise ValueError("it is no regular file")  # a pipe or a device may have no end
     text = file.read_text(encoding="utf-8")
     if not text.endswith("\n"):
         raise ValueError("it is truncated")

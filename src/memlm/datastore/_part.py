@@ -46,11 +46,9 @@ class Part:
         Raises:
             DatastoreCorrupt: A file is missing, lies outside the datastore, has another size or other content.
         """
-        home = folder.parent.resolve()
         for name, expected in self.files.items():
             path = folder / self.name / name
-            if not path.resolve().is_relative_to(home):
-                raise DatastoreCorrupt(f"{path} is a link out of the datastore; put the file itself in its place")
+            check_inside(path, folder.parent)
             if not path.is_file():
                 raise DatastoreCorrupt(f"{path} is missing; restore it from a copy or build again")
             size = path.stat().st_size
@@ -89,6 +87,16 @@ class Part:
         sync_directory(folder / name)
         sync_directory(folder)
         return cls(name=name, files=files, details=details)
+
+
+def check_inside(path: Path, home: Path) -> None:
+    """Raise DatastoreCorrupt where a path leads out of the datastore's folder by a link, or in a circle."""
+    try:
+        inside = path.resolve().is_relative_to(home.resolve())
+    except (OSError, RuntimeError):  # which of them depends on Python's version
+        inside = False
+    if not inside:
+        raise DatastoreCorrupt(f"{path} is a link out of the datastore; put the file itself in its place")
 
 
 def part_of(item: dict[str, Any]) -> Part:

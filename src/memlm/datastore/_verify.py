@@ -72,7 +72,7 @@ def verify(path: str | Path, *, show_progress: bool = False) -> list[str]:
 def _altered(file: Path) -> str:
     """Say so where the bytes of a manifest are not those that `write_json` writes, whatever they mean; "" otherwise."""
     try:
-        data = file.read_bytes()
+        data = file.read_bytes() if file.is_file() else b""  # a pipe or a device may have no end
         if data == json_bytes(json.loads(data)):
             return ""
     except (OSError, ValueError, RecursionError):
