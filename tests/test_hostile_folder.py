@@ -1,15 +1,20 @@
 """Datastores that came from strangers: links, pipes and devices in the folder; nobody waits for them or is harmed."""
 
 import os
+import shutil
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fake_encoder import FakeEncoder, random_documents
 from manifests import current
 from memlm import Datastore, Document
-from memlm.datastore import verify
+from memlm.datastore import Manifest, verify
+from memlm.datastore._part import Part
 from memlm.errors import DatastoreCorrupt, DatastoreError
 from memlm.files import write_json
 
@@ -113,3 +118,91 @@ def test_a_link_under_the_name_of_a_temporary_file_is_not_followed(tmp_path):
     write_json(tmp_path / "current.json", {"version": 1})
     assert (tmp_path / "mine").read_text() == "mine"
     assert not (tmp_path / "current.json").is_symlink()
+
+
+# Damage and forgery do not get checksums of ours
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1  # of a key's fraction, so that it stays a number
+    file.write_bytes(data)
+
+
+def test_damage_is_not_merged(memory, tmp_path):
+    other = Datastore.build(FakeEncoder(), [Document("theirs", "xtheirs")], tmp_path / "other", **QUIET)
+    before = memory.manifest
+    keys = other.path / "segments" / "000000" / "keys.safetensors"
+    flip(keys)
+    with pytest.raises(DatastoreCorrupt, match=r"keys\.safetensors does not match its checksum"):
+        memory.merge(other.path)
+    assert Datastore(memory.path).manifest == before
+    flip(keys)
+    assert memory.merge(other.path) == (1, 0)
+
+
+@pytest.mark.parametrize("verb", ["compact", "compress"])
+def test_damage_is_not_copied(memory, verb):
+    reader, before = Datastore(memory.path, verify=False), Datastore(memory.path).manifest
+    flip(memory.path / "segments" / "000001" / "keys.safetensors")
+    with pytest.raises(DatastoreCorrupt, match=r"keys\.safetensors does not match its checksum"):
+        reader.compact() if verb == "compact" else reader.compress(4)
+    flip(memory.path / "segments" / "000001" / "keys.safetensors")
+    assert Datastore(memory.path).manifest == before
+    assert verify(memory.path) == []
+
+
+def test_a_build_does_not_go_on_behind_damage(tmp_path):
+    def stop(number, keys):
+        if number == 14:
+            raise KeyboardInterrupt
+        return keys
+
+    settings = {"segment_entries": 90, **QUIET}
+    with pytest.raises(KeyboardInterrupt):
+        Datastore.build(FakeEncoder(change=stop), random_documents(4, 40), tmp_path / "memory", **settings)
+    flip(tmp_path / "memory" / "segments" / "000000" / "keys.safetensors")
+    with pytest.raises(DatastoreCorrupt, match=r"keys\.safetensors does not match its checksum"):
+        Datastore.build(FakeEncoder(), random_documents(4, 40), tmp_path / "memory", **settings)
+
+
+def forged(path, tensors):
+    """Replace tensors of the first segment, with checksums that fit."""
+    file = path / "segments" / "000000" / "entries.safetensors"
+    save_file({**load_file(file), **tensors}, file)
+    manifest = Manifest.load(path)
+    part = Part.describe(path / "segments", "000000", manifest.segments[0].details)
+    replace(manifest, parent=None, segments=(part, *manifest.segments[1:])).publish(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"values": np.full(7, 1 << 21, np.uint32)}, "token ids lie outside the vocabulary"),
+        ({"spans": np.full((7, 2), 99, np.uint32)}, "entries of document 0 lie outside its text"),
+        ({"ids": np.zeros((1, 32), np.uint8)}, "document 0 does not match its digests"),
+    ],
+)
+def test_forgery_is_not_merged(memory, tmp_path, tensors, message):
+    Datastore.build(FakeEncoder(), [Document("theirs", "xtheirs")], tmp_path / "other", **QUIET)
+    forged(tmp_path / "other", tensors)
+    assert message in str(verify(tmp_path / "other"))
+    before = memory.manifest
+    with pytest.raises(DatastoreCorrupt, match=message):
+        memory.merge(tmp_path / "other")
+    assert Datastore(memory.path).manifest == before
+
+
+def test_two_documents_with_one_id_are_noticed(memory, tmp_path):
+    """Removing the one would leave the other."""
+    documents, settings = [Document("a", "xone"), Document("b", "xtwo")], {"segment_entries": 5, **QUIET}
+    other = Datastore.build(FakeEncoder(), documents, tmp_path / "other", **settings)
+    second = Datastore.build(FakeEncoder(), [Document("a", "xtwo")], tmp_path / "second", **QUIET)
+    shutil.rmtree(other.path / "segments" / "000001")
+    shutil.copytree(second.path / "segments" / "000000", other.path / "segments" / "000001")
+    part = replace(second.manifest.segments[0], name="000001")
+    replace(other.manifest, parent=None, segments=(other.manifest.segments[0], part)).publish(other.path)
+    message = "has two documents with the id 'a'"
+    assert any(message in line for line in verify(other.path))
+    with pytest.raises(DatastoreCorrupt, match=message):
+        memory.merge(other.path)

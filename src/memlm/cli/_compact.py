@@ -20,7 +20,7 @@ def compact(
     """Take deleted documents and earlier versions off the disk, join small segments, index all entries."""
     from ..datastore import Datastore
 
-    memory = Datastore(datastore)
+    memory = Datastore(datastore, verify=False)  # it is checked while it is held for writing
     before = common.size(datastore)
     memory.compact(index=index, show_progress=True)
     after = common.size(datastore)

@@ -89,7 +89,7 @@ def build_segments(
     _check_size(segment_entries)
     empty = _empty(encoder, metric, key_dtype, describe(source))
     with _building(path, empty) as manifest:
-        directory, change = Directory.open(path, manifest), f"build of {describe(source)}"
+        directory, change = Directory.open(path, manifest, verify=True), f"build of {describe(source)}"
         for group in _groups(encoder, corpus, segment_entries, directory, replace_others=False):
             if group.last and not manifest.slots and not any(len(item.ids) > 1 for item in group.items):
                 raise CorpusError(f"no token of {describe(source)} can be stored: every document has one token or none")

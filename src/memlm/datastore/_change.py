@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..documents import describe
-from ..errors import ConfigError, DatastoreError, DatastoreMismatch
+from ..errors import ConfigError, DatastoreCorrupt, DatastoreError, DatastoreMismatch
 from ..progress import progress
 from ..text import count
 from ._codec import open_codec
@@ -18,6 +18,7 @@ from ._manifest import Manifest
 from ._part import CODEC_FILE, Part
 from ._segment import Segment
 from ._stored import Directory, Place, with_deleted
+from ._verify import wrong
 from ._writing import segment_used, write_segment, writing
 
 _COPIED_TOGETHER = 1 << 14  # keys, however long a document is
@@ -53,13 +54,15 @@ def merge_documents(
         How many documents were added, and how many of them replaced others.
 
     Raises:
-        DatastoreError: An id is stored with other content, and `replace_others` is false.
+        DatastoreError: An id is stored with other content, and `replace_others` is false; or the other is damaged.
         DatastoreMismatch: The keys are not of one kind.
     """
     theirs = Manifest.load(other)
-    source = Directory.open(other, theirs)
-    added = replaced = 0
     _check_alike(Manifest.load(path), theirs)  # before the lock, which writes
+    source = Directory.open(other, theirs, verify=True)
+    for problem in wrong(source, theirs):
+        raise DatastoreCorrupt(problem)  # it would get a checksum of ours
+    added = replaced = 0
     with writing(path, "merge") as manifest, progress("copying", theirs.entries, show=show_progress) as advance:
         _check_alike(manifest, theirs)
         codec = None if theirs.codec is not None else open_codec(path, manifest)

@@ -29,9 +29,12 @@ def compact_segments(
         index_of: Builds the index of a version that is not published yet.
         segment_entries: Entries a segment, about.
         show_progress: Show rate and time left on stderr.
+
+    Raises:
+        DatastoreCorrupt: A file does not match its checksum; its copy would get a new one.
     """
     with writing(path, "compact") as manifest:
-        old, draft = Directory.open(path, manifest), manifest.following("compact")
+        old, draft = Directory.open(path, manifest, verify=True), manifest.following("compact")
         rewrite(path, old, draft, index_of, segment_entries=segment_entries, show_progress=show_progress)
 
 

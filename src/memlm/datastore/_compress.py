@@ -51,7 +51,7 @@ def compress_segments(
             )
         if not manifest.entries:
             raise DatastoreError(f"{path} has no entries to fit a codec to; add documents first")
-        old = Directory.open(path, manifest)
+        old = Directory.open(path, manifest, verify=True)
         keys = StoredKeys(old.segments, None, manifest.keys["width"], manifest.keys["dtype"], manifest.metric, None)
         live = np.flatnonzero(old.live())
         chosen = np.random.default_rng(0).choice(live, min(len(live), _SAMPLE), replace=False)

@@ -56,10 +56,16 @@ class Directory:
         self.deleted: list[npt.NDArray[np.bool_]] = [part.deleted for part in manifest.segments]
 
     @classmethod
-    def open(cls, path: Path, manifest: Manifest) -> Directory:
-        """Open the segments of a version, too; raises `DatastoreCorrupt`."""
+    def open(cls, path: Path, manifest: Manifest, *, verify: bool = False) -> Directory:
+        """Open the segments of a version, too; raises `DatastoreCorrupt`.
+
+        Args:
+            path: The datastore's folder.
+            manifest: The version.
+            verify: Compare every file with its checksum; otherwise only with its size.
+        """
         for part in manifest.segments:
-            part.check(path / "segments", contents=False)
+            part.check(path / "segments", contents=verify)
         return cls(open_segments(path, manifest), manifest)
 
     def live(self) -> npt.NDArray[np.bool_]:

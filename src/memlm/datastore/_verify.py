@@ -57,10 +57,8 @@ def verify(path: str | Path, *, show_progress: bool = False) -> list[str]:
     for manifest in versions:
         try:
             if all(("segments", part.name) in sound for part in manifest.segments):
-                for part, segment in zip(manifest.segments, open_segments(path, manifest), strict=True):
-                    if part.name not in checked:
-                        found += wrong(segment, manifest)
-                        checked.add(part.name)
+                directory = Directory(open_segments(path, manifest), manifest)
+                found += wrong(directory, manifest, checked)
                 others = (("index", manifest.index), ("codec", manifest.codec))
                 if all(part is None or (kind, part.name) in sound for kind, part in others):
                     Version(path, manifest, verify=False)
@@ -80,7 +78,23 @@ def _altered(file: Path) -> str:
     return f"{file} is not as it was written; restore it from a copy"
 
 
-def wrong(segment: Segment, manifest: Manifest) -> Iterator[str]:
+def wrong(directory: Directory, manifest: Manifest, checked: set[str] | None = None) -> Iterator[str]:
+    """Yield what does not fit together in the segments of a version, but those whose names are in `checked`."""
+    checked = set() if checked is None else checked
+    for segment in directory.segments:
+        if segment.name not in checked:
+            yield from _wrong(segment, manifest)
+            checked.add(segment.name)
+    seen: set[bytes] = set()
+    for place in directory:
+        digest = directory.segments[place.segment].ids[place.number].tobytes()
+        if digest in seen:
+            name = directory.document(place)["id"]
+            yield f"version {manifest.version} has two documents with the id {name!r}; remove one, or restore a copy"
+        seen.add(digest)
+
+
+def _wrong(segment: Segment, manifest: Manifest) -> Iterator[str]:
     """Yield what does not fit together within a segment."""
     for number in range(segment.documents):
         document = segment.document(number)
