@@ -37,7 +37,7 @@ _SHAPE: dict[str, Any] = {
     "written": str,
     "change": str,
     "kept": _KEPT,
-    "encoder": {"name": str, "architecture": str, "sha256": str, "key_site": _SITE},
+    "encoder": {"name": str, "architecture": str, "sha256": str, "dtype": str, "key_site": _SITE},
     "tokenizer": {"sha256": str, "vocab_size": int},
     "windows": {"context": int, "stride": int},
     "metric": str,
@@ -157,6 +157,8 @@ class Manifest:
             raise ValueError(f"its metric is {self.metric!r}; expected {' or '.join(METRICS)}")
         if not 0 < self.tokenizer["vocab_size"] <= MOST_TOKENS:
             raise ValueError(f"its vocabulary has {self.tokenizer['vocab_size']} tokens; expected 1 to {MOST_TOKENS}")
+        if min(self.windows["context"], self.windows["stride"]) < 1:
+            raise ValueError(f"its windows are {self.windows}; expected a context and a stride of at least 1")
         if self.encoder_keys["dtype"] not in KEY_TYPES or not 0 < self.encoder_keys["width"] < 1 << 31:
             raise ValueError(f"its keys are {self.encoder_keys}; expected float16 or bfloat16 of a positive width")
         if self.codec is not None and (
@@ -256,9 +258,10 @@ class Manifest:
                     f"{path} has format version {content['format_version']}, from before memlm's first release; this "
                     f"memlm reads {FORMAT_VERSION}: build again"
                 )
-            if content.pop("sha256") != content_sha256(content):
+            written, digest = content.pop("sha256"), content_sha256(content)
+            if written != digest:
                 raise ValueError("its content does not match its checksum")
-            if content_sha256(content) != sha256:
+            if sha256 != digest:
                 raise ValueError("it is another one than the version after it, or current.json, names")
             content.pop("format"), content.pop("format_version")
             return cls.of(content, version)
@@ -344,8 +347,15 @@ def _parsed(file: Path) -> Any:
 
 
 def content_sha256(content: dict[str, Any]) -> str:
-    """Return the checksum of a manifest: of its JSON without this field, in ASCII, keys sorted, no white space."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """Return the checksum of a manifest: of its JSON without this field, in ASCII, keys sorted, no white space.
+
+    Raises:
+        ValueError: It holds what no later version could be written with: NaN, infinity, or half a character.
+    """
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    if "\\ud" in text:
+        json.dumps(content, ensure_ascii=False).encode()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _site(encoder: dict[str, Any]) -> str:

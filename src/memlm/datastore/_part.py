@@ -124,7 +124,7 @@ def check_fields(value: Any, shape: Any, where: str) -> None:
     """Raise ValueError unless a JSON value has the types that `shape` asks for; whole numbers may not be negative."""
     kind = shape if isinstance(shape, type) else type(shape)
     if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
-        wanted = "a whole number" if kind is int else kind.__name__
+        wanted = "a whole number, not negative" if kind is int else kind.__name__
         raise ValueError(f"{where} is {str(value)[:40]!r}; expected {wanted}")
     if isinstance(shape, dict):
         for name, inner in shape.items():

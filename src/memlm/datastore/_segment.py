@@ -230,7 +230,8 @@ class Segment:
         """Return a document's id, sha256, metadata and text."""
         try:
             document = json.loads(self.line(number))
-            if all(isinstance(document[name], str) for name in ("id", "sha256", "text")) and "metadata" in document:
+            named = all(isinstance(document[name], str) for name in ("id", "sha256", "text"))
+            if named and isinstance(document["metadata"], dict):
                 return document
         except (ValueError, TypeError, KeyError, RecursionError):
             pass

@@ -31,6 +31,7 @@ _TRAINING_KEYS_A_LIST = 48  # FAISS warns below 39
 _TARGET_RECALL = 0.985
 _SAMPLE = 256  # queries on which recall is measured
 _RERANK_FACTOR = 2
+_DETAILS = {"factory": str, "lists": int, "recall": (int, float), "recall_k": int, "recall_queries": int}
 _FETCHED_AT_ONCE = 1 << 24  # proposals of one search without selector
 # Not their subclasses, which may compute distances in ways of their own
 _STORES_KEYS = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat, faiss.IndexNSGFlat)
@@ -75,6 +76,9 @@ class FaissIndex:
             lists = ivf.invlists if ivf is not None else None
             if lists is not None and isinstance(faiss.downcast_InvertedLists(lists), faiss.OnDiskInvertedLists):
                 raise ValueError("its lists lie in another file, which no checksum covers")
+            for name, kind in _DETAILS.items():
+                if not isinstance(part.details[name], kind):
+                    raise TypeError(f"its {name} is {str(part.details[name])[:40]!r}")
             _set_nprobe(self._faiss, nprobe)
         except (RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
             where = folder / part.name
