@@ -2,8 +2,11 @@
 
 from ._datastore import Datastore as Datastore
 from ._import import Export as Export
+from ._manifest import CURRENT as CURRENT
 from ._manifest import FORMAT_VERSION as FORMAT_VERSION
 from ._manifest import Manifest as Manifest
+from ._manifest import manifest_name as manifest_name
+from ._manifest import read_current as read_current
 from ._pointers import Pointed as Pointed
 from ._pointers import Pointers as Pointers
 from ._pointers import follow as follow
@@ -13,6 +16,7 @@ from ._version import Provenance as Provenance
 from ._version import Version as Version
 
 __all__ = [
+    "CURRENT",
     "FORMAT_VERSION",
     "Datastore",
     "Export",
@@ -23,5 +27,7 @@ __all__ = [
     "Version",
     "audit",
     "follow",
+    "manifest_name",
+    "read_current",
     "verify",
 ]

@@ -105,6 +105,15 @@ class Manifest:
         return self.corpus["complete"]
 
     @property
+    def files(self) -> dict[str, int]:
+        """Bytes of every file of every part, by its path within the datastore's folder."""
+        parts = [("segments", part) for part in self.segments]
+        parts += [(kind, part) for kind, part in (("index", self.index), ("codec", self.codec)) if part is not None]
+        return {
+            f"{kind}/{part.name}/{name}": file["bytes"] for kind, part in parts for name, file in part.files.items()
+        }
+
+    @property
     def content_sha256(self) -> str:
         """Fingerprint of everything stored, whatever the index and the names of segments: the same for every copy."""
         files = [{name: file["sha256"] for name, file in part.files.items()} for part in self.segments]

@@ -21,7 +21,6 @@ from ..text import count
 from ._codec import Codec
 from ._keys import StoredKeys
 from ._manifest import Manifest
-from ._part import Part
 from ._segment import Segment
 from ._stored import Directory, Place, open_segments
 
@@ -315,14 +314,13 @@ class Version:
     def info(self) -> dict[str, Any]:
         """Return numbers, sizes and settings, as plain values."""
         manifest = self.manifest
-        parts: list[Part] = [*manifest.segments, *(item for item in (manifest.codec, manifest.index) if item)]
         return {
             "path": str(self.path),
             "version": manifest.version,
             "created": manifest.created,
             "entries": len(self),
             "documents": manifest.documents,
-            "bytes": sum(file["bytes"] for part in parts for file in part.files.values()),
+            "bytes": sum(manifest.files.values()),
             "segments": len(manifest.segments),
             "deleted": manifest.slots - manifest.entries,
             "complete": manifest.complete,
