@@ -262,15 +262,15 @@ class Datastore(Version):
         again brings them back. Distances become a little smaller, so mixtures want to be fitted again.
 
         Args:
-            width: Numbers to keep of a key, at most those that it has. With "int8" and half of them, keys take a
-                quarter of the bytes that they take as built.
+            width: Numbers to keep of a key, at most those that it has, and fewer than there are entries. With "int8"
+                and half of them, keys take a quarter of the bytes that they take as built.
             key_dtype: "int8", or "float16" to project alone.
             index: "auto", "exact" or a FAISS factory string.
             segment_entries: Entries a segment, about.
             show_progress: Show rate and time left on stderr.
 
         Raises:
-            ConfigError: The width or the type cannot be.
+            ConfigError: The width or the type cannot be, or there are no more entries than `width`.
             DatastoreError: The keys are compressed already, there are none, another process writes, or the disk is
                 full; nothing has changed then.
         """
