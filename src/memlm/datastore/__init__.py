@@ -1,5 +1,6 @@
 """The datastore: entries and documents on disk."""
 
+from ._change import rollback_to as rollback_to
 from ._datastore import Datastore as Datastore
 from ._import import Export as Export
 from ._manifest import CURRENT as CURRENT
@@ -29,5 +30,6 @@ __all__ = [
     "follow",
     "manifest_name",
     "read_current",
+    "rollback_to",
     "verify",
 ]

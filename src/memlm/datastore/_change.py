@@ -17,7 +17,7 @@ from ._codec import open_codec
 from ._manifest import Manifest
 from ._part import CODEC_FILE, Part
 from ._segment import Segment
-from ._stored import Directory, Place, with_deleted
+from ._stored import Directory, Place, canonical, with_deleted
 from ._verify import wrong
 from ._writing import segment_used, write_segment, writing
 
@@ -80,16 +80,23 @@ def merge_documents(
     return added, replaced
 
 
-def rollback_to(path: Path, version: int) -> None:
-    """Publish what an earlier version held as a new version.
+def rollback_to(path: str | Path, version: int) -> None:
+    """Publish what an earlier version held as a new version; the current one may be damaged.
+
+    Args:
+        path: The datastore's folder.
+        version: That is still kept.
 
     Raises:
         ConfigError: That version is not kept.
+        DatastoreError: Files of it are missing or have another size; or another process writes.
     """
+    path = Path(path)
     with writing(path, f"rollback to version {version}") as manifest:
         kept = list(manifest.history(path))
         for old in kept:
             if old.version == version:
+                old.check_files(path)
                 fields = {"segments": old.segments, "index": old.index, "corpus": old.corpus}
                 manifest.following(f"rollback to version {version}", **fields).publish(path)
                 return
@@ -156,7 +163,8 @@ def _new(source: Directory, directory: Directory, *, replace_others: bool) -> It
             yield place
             continue
         known = directory.document(here)
-        if (known["sha256"], str(known["metadata"])) == (document["sha256"], str(document["metadata"])):
+        same = known["sha256"] == document["sha256"]
+        if same and canonical(known["metadata"]) == canonical(document["metadata"]):
             continue
         if not replace_others:
             raise DatastoreError(

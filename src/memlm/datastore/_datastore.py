@@ -376,14 +376,4 @@ class Datastore(Version):
 
     def history(self) -> list[dict[str, Any]]:
         """Return the versions that are kept, the oldest first, as plain values."""
-        kept = [
-            {
-                "version": manifest.version,
-                "written": manifest.written,
-                "change": manifest.change,
-                "documents": manifest.documents,
-                "entries": manifest.entries,
-            }
-            for manifest in self.manifest.history(self.path)
-        ]
-        return kept[::-1]
+        return [manifest.summary() for manifest in self.manifest.history(self.path)][::-1]

@@ -107,11 +107,14 @@ class Manifest:
     @property
     def files(self) -> dict[str, int]:
         """Bytes of every file of every part, by its path within the datastore's folder."""
-        parts = [("segments", part) for part in self.segments]
-        parts += [(kind, part) for kind, part in (("index", self.index), ("codec", self.codec)) if part is not None]
-        return {
-            f"{kind}/{part.name}/{name}": file["bytes"] for kind, part in parts for name, file in part.files.items()
-        }
+        parts = [(f"{kind}/{part.name}", part.files) for kind, parts in self._parts.items() for part in parts]
+        return {f"{where}/{name}": file["bytes"] for where, files in parts for name, file in files.items()}
+
+    @property
+    def _parts(self) -> dict[str, tuple[Part, ...]]:
+        """Parts of each kind, by the name of the kind's folder."""
+        kinds = {"segments": self.segments, "index": (self.index,), "codec": (self.codec,)}
+        return {kind: tuple(part for part in parts if part is not None) for kind, parts in kinds.items()}
 
     @property
     def content_sha256(self) -> str:
@@ -249,8 +252,11 @@ class Manifest:
                 current = newer
 
     @classmethod
-    def read(cls, path: Path, version: int, sha256: str) -> Manifest:
-        """Read one version of the datastore at `path`, known by the checksum of its manifest; raises as `load` does."""
+    def read(cls, path: Path, version: int, sha256: str | None) -> Manifest:
+        """Read one version of the datastore at `path`, known by the checksum of its manifest; raises as `load` does.
+
+        None takes the checksum that the manifest itself gives.
+        """
         file = path / manifest_name(version)
         try:
             content = _parsed(file)
@@ -270,7 +276,7 @@ class Manifest:
             written, digest = content.pop("sha256"), content_sha256(content)
             if written != digest:
                 raise ValueError("its content does not match its checksum")
-            if sha256 != digest:
+            if sha256 not in (digest, None):
                 raise ValueError("it is another one than the version after it, or current.json, names")
             content.pop("format"), content.pop("format_version")
             return cls.of(content, version)
@@ -298,6 +304,17 @@ class Manifest:
         manifest = cls(**others, segments=segments, **parts)
         manifest._check_values(version)
         return manifest
+
+    def check_files(self, path: Path) -> None:
+        """Raise DatastoreCorrupt where a file is missing, lies outside the datastore, or has another size."""
+        for kind, parts in self._parts.items():
+            for part in parts:
+                part.check(path / kind, contents=False)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a list of versions shows, as plain values."""
+        names = ("version", "written", "change", "documents", "entries")
+        return {name: getattr(self, name) for name in names}
 
     def history(self, path: Path) -> Iterator[Manifest]:
         """Yield this version and those before it that are kept, the newest first; raises as `load` does."""

@@ -153,7 +153,7 @@ def plain_metadata(document: Any) -> dict[str, Any]:
     """
     try:
         return json.loads(json.dumps(dict(document.metadata), default=str))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise CorpusError(f"the metadata of {document.id!r} cannot be stored as JSON: {error}") from error
 
 

@@ -14,7 +14,7 @@ from ..files import json_bytes
 from ..progress import progress
 from ._manifest import CURRENT, Manifest, manifest_name
 from ._segment import Segment, sha256
-from ._stored import Directory, open_segments
+from ._stored import Directory, names, open_segments
 from ._version import Version
 
 _SAMPLE = 4096  # keys of a segment that are looked at
@@ -133,6 +133,8 @@ def audit(path: str | Path, document_id: str, text: str | None = None) -> list[s
         if place is not None:
             advice = "remove it" if manifest == current else "compact the datastore"
             found.append(f"version {manifest.version} holds it: {advice}")
+        elif names(manifest.corpus["source"], document_id) or names(manifest.change, document_id):
+            found.append(f"version {manifest.version} names it as a source: compact the datastore")
     needles = {"its id": [b'{"id": ' + json.dumps(document_id).encode() + b", ", sha256(document_id)]}
     if text is not None:
         escaped = json.dumps(text, ensure_ascii=True)[1:-1].encode()
