@@ -3,13 +3,17 @@
 import os
 import shutil
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch  # noqa: F401  (before faiss)
 from safetensors.numpy import load_file, save_file
 
+import faiss  # isort: skip
+
+from command_line import refused, run
 from fake_encoder import FakeEncoder, random_documents
 from manifests import current
 from memlm import Datastore, Document
@@ -206,3 +210,49 @@ def test_two_documents_with_one_id_are_noticed(memory, tmp_path):
     assert any(message in line for line in verify(other.path))
     with pytest.raises(DatastoreCorrupt, match=message):
         memory.merge(other.path)
+
+
+# An index can be ignored, so it can be made anew
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "unknown", "undescribed"])
+def test_a_damaged_index_is_made_anew(memory, damage):
+    memory.build_index("Flat")
+    part = memory.manifest.index
+    file = memory.path / "index" / part.name / "index.faiss"
+    if damage == "missing":
+        shutil.rmtree(memory.path / "index")
+    elif damage == "flipped":
+        flip(file)
+    else:
+        details = {**part.details, "kind": "annoy"} if damage == "unknown" else {**part.details, "recall": "good"}
+        replace(memory.manifest, parent=None, index=replace(part, details=details)).publish(memory.path)
+    refused_with = refused("info", memory.path)
+    assert "rebuild it by `memlm compact DATASTORE --index auto`" in refused_with
+    done = run("compact", memory.path, "--index", "Flat")
+    assert done.code == 0, done.err
+    assert "search: Flat" in done.out
+    assert verify(memory.path) == []
+    assert Datastore(memory.path).index.details["factory"] == "Flat"
+
+
+@pytest.mark.parametrize("factory", ["IVF2,SQ8", "IVF2,Flat", "IDMap,Flat"])
+def test_an_index_of_entries_that_do_not_exist_is_an_error(memory, factory):
+    memory.build_index("IVF2,SQ8")
+    part = memory.manifest.index
+    index = faiss.index_factory(8, factory)
+    keys = memory.keys.gather_keys(np.arange(memory.slots)).numpy()
+    index.train(keys)
+    index.add_with_ids(keys, np.arange(memory.slots) + 10**9)
+    faiss.write_index(index, str(memory.path / "index" / part.name / "index.faiss"))
+    details = {**part.details, "stores_keys": factory == "IVF2,Flat"}
+    forged = Part.describe(memory.path / "index", part.name, details)
+    replace(memory.manifest, parent=None, index=forged).publish(memory.path)
+    opened = Datastore(memory.path)
+    for queries in (keys[:3], np.tile(keys, (10, 1))):
+        with pytest.raises(DatastoreError, match="rebuild it by `memlm compact"):
+            opened.search(queries, 5)
+    opened.remove("d0")
+    for queries in (keys[:3], np.tile(keys, (10, 1))):
+        with suppress(DatastoreError):  # or nothing is found, where FAISS is told what may be
+            assert not opened.search(queries, 5).present.any()

@@ -2,6 +2,7 @@
 
 from ._change import rollback_to as rollback_to
 from ._datastore import Datastore as Datastore
+from ._datastore import compact as compact
 from ._import import Export as Export
 from ._manifest import CURRENT as CURRENT
 from ._manifest import FORMAT_VERSION as FORMAT_VERSION
@@ -27,6 +28,7 @@ __all__ = [
     "Provenance",
     "Version",
     "audit",
+    "compact",
     "follow",
     "manifest_name",
     "read_current",

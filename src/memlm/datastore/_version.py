@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DatastoreCorrupt, ShapeError
 from ..evidence import INNER_PRODUCT, Found
-from ..index import Index, open_index
+from ..index import HOW, Index, open_index
 from ..neighbors import Neighbors
 from ..text import count
 from ._codec import Codec
@@ -218,7 +218,7 @@ class Version:
 
     def _checked(self, found: Neighbors) -> Neighbors:
         if found.entries.max(initial=0) >= max(1, self.slots):
-            raise DatastoreCorrupt(f"the index of {self.path} names entries that do not exist; rebuild it")
+            raise DatastoreCorrupt(f"the index of {self.path} names entries that do not exist; rebuild it {HOW}")
         return found
 
     def lookup(self, queries: npt.NDArray[np.float32], k: int, exclude: npt.NDArray[np.int64] | None = None) -> Found:
