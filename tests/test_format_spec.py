@@ -22,7 +22,7 @@ def read_manifest(folder):
     others = {name: value for name, value in content.items() if name != "sha256"}
     text = json.dumps(others, sort_keys=True, separators=(",", ":"))
     assert content["sha256"] == sha256(text.encode("ascii")).hexdigest() == pointer["sha256"]
-    assert (content["format"], content["format_version"]) == ("memlm-datastore", 3)
+    assert (content["format"], content["format_version"]) == ("memlm-datastore", 4)
     assert content["version"] == pointer["version"]
     return content
 
