@@ -29,7 +29,7 @@ def greedy_merging(order: Tensor, entries: Tensor, neighbors: Tensor) -> Tensor:
         tensor([0, 0, 2])
     """
     n = len(order)
-    starts = torch.searchsorted(entries, torch.arange(n + 1)).tolist()
+    starts = torch.searchsorted(entries.contiguous(), torch.arange(n + 1)).tolist()
     near = neighbors.tolist()  # one after the other, and each depends on those before: faster in lists than in tensors
     owners = list(range(n))
     took_in = [False] * n
