@@ -58,6 +58,11 @@ def compress(path):
     Datastore(path).compress(4, **QUIET)
 
 
+def prune(path):
+    if Datastore(path).counts is None:  # of what is left, more could be merged
+        Datastore(path).prune(60, **QUIET)
+
+
 def merge(path):
     Datastore(path).merge(path.parent / "other", replace=True, **QUIET)
 
@@ -69,7 +74,7 @@ def publish_carelessly(self, path):
     write_json(path / manifest_name(self.version), {**self._content(), "sha256": digest})
 
 
-OPERATIONS = {function.__name__: function for function in (build, add, remove, compact, compress, merge)}
+OPERATIONS = {function.__name__: function for function in (build, add, remove, compact, compress, prune, merge)}
 CALLS = [
     (os, "fsync"),
     (os, "mkdir"),

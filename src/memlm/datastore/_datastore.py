@@ -327,7 +327,7 @@ class Datastore(Version):
             DatastoreError: Another process writes, or the disk is full; nothing has changed then.
         """
         self.refresh()
-        check_pruning(neighbors, distance, self.metric)
+        check_pruning(neighbors, distance, seed, self.metric)
         before = self.manifest.index
         check_factory(index or "auto", self.keys.width, self.metric)
         if dry_run:

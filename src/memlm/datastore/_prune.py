@@ -33,12 +33,14 @@ _TOGETHER = 1 << 12  # entries whose neighbors are searched for at once
 _MOST_NEIGHBORS = 1 << 12
 
 
-def check_pruning(neighbors: Any, distance: float | None, metric: str) -> None:
+def check_pruning(neighbors: Any, distance: Any, seed: Any, metric: str) -> None:
     """Raise ConfigError unless a datastore of this metric can be pruned so."""
-    if not isinstance(neighbors, int) or not 0 <= neighbors <= _MOST_NEIGHBORS:
+    if type(neighbors) is not int or not 0 <= neighbors <= _MOST_NEIGHBORS:
         raise ConfigError(f"neighbors is {neighbors}; expected 0 (only equal keys) to {_MOST_NEIGHBORS:,}")
-    if distance is not None and not distance >= 0:
-        raise ConfigError(f"distance is {distance}; expected a squared distance of at least 0")
+    if distance is not None and not (isinstance(distance, int | float) and distance >= 0):
+        raise ConfigError(f"distance is {distance!r}; expected a squared distance of at least 0")
+    if type(seed) is not int or not 0 <= seed < 1 << 63:
+        raise ConfigError(f"seed is {seed}; expected a whole number from 0, below 2⁶³")
     if neighbors and metric == INNER_PRODUCT:
         raise ConfigError(
             f"neighbors is {neighbors}, but keys that are searched by inner product have no near ones; pass 0, which "
