@@ -3,8 +3,8 @@
     python -m benchmarks.memorizing DATA --runs FOLDER [--parts train,curve,speed] [--corpora isabelle,code,novels]
 
 DATA holds `<corpus>.{train,test}.jsonl.xz`. A directory of `code` is one document: its files in the order of their paths.
-train: for each corpus a small Llama without memory, one with, and the first with memory for its last fifth of steps. curve:
-perplexity on `test` by memory size. speed: a training step of the reference model. Finished pieces are kept in FOLDER; run
+train: for each corpus a small Llama without memory, one with, one with and no drop-off by age, and the first with memory for
+its last fifth of steps. curve: perplexity on `test` by memory size. speed: a training step of the reference model. Finished pieces are kept in FOLDER; run
 again to go on. Results: benchmarks/results/memorizing.{json,md}.
 """
 
@@ -15,37 +15,49 @@ import itertools
 import json
 import math
 import time
-from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 import memlm
 from memlm.evaluation._bootstrap import paired_bootstrap, units
 from memlm.layers import AttentionMemories, forget, memorize
-from memlm.training import ModelShape, StreamBatch, document_streams
-from memlm.training._scratch import train_tokenizer
+from memlm.recipes._copying import CopyingLM
+from memlm.training import document_streams, train_tokenizer
+
+from .squat import documents_of
 
 RESULTS = Path(__file__).parent / "results"
 CORPORA = ("isabelle", "code", "novels")
-VOCABULARY, WIDTH, HEADS, LENGTH, TOP_K, SCALE = 2048, 128, 2, 128, 32, 20.0  # LENGTH: tokens a segment
+VOCABULARY, LENGTH, TOP_K = 2048, 128, 32  # LENGTH: tokens a segment
+SHAPE = {"vocabulary": VOCABULARY, "layers": 2, "width": 128, "feed_forward": 344, "heads": 2, "length": LENGTH}
 ROWS, STEPS, RATE, FALLING, TRAINED = 16, 400, 2e-3, 0.2, 4096  # TRAINED: tokens of memory while training
 SIZES = (0, 512, 2048, 8192, 32768)
 DOCUMENTS, LONGEST = 2, 33_024  # test documents, and how much of each
+WORN = 1e-3  # nats that an entry loses a token at first, where there is a drop-off by age
+
+
+class Arm(NamedTuple):
+    """A trained model, and how it is read."""
+
+    trained: str
+    drop_off: str
+    sizes: tuple[int, ...]  # negative: a row reads the memory of the other document
+
+
 ARMS = {
-    "none": SIZES,
-    "tuned": (0, SIZES[-1]),
-    "memory": (*SIZES, -SIZES[-1]),  # negative: a row reads the memory of the other document
-    "memory, by age": SIZES,
+    "none": Arm("none", "none", SIZES),
+    "none, by age": Arm("none", "age", SIZES[1:]),
+    "tuned": Arm("tuned", "age", SIZES),
+    "memory": Arm("memory", "age", (*SIZES, -SIZES[-1])),
+    "memory, no drop-off": Arm("memory-no-drop-off", "none", (*SIZES, -SIZES[-1])),
 }
-FORGETTING = (0.0, 1e-4, 3e-4, 1e-3, 3e-3)  # nats that an entry loses a token, tried on `valid`
-VALID = 12_000  # tokens of each of two documents
 
 
 def main() -> None:
@@ -61,7 +73,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for part, corpus in itertools.product(options.parts.split(","), options.corpora.split(",")):
         if part == "train":
-            for arm in ("start", "none", "tuned", "memory"):
+            for arm in ("start", "none", "tuned", "memory", "memory-no-drop-off"):
                 train(options, corpus, arm)
         elif part == "curve":
             results.setdefault("curve", {})[corpus] = curve(options, corpus)
@@ -71,71 +83,17 @@ def main() -> None:
     (RESULTS / "memorizing.md").write_text(table(results))
 
 
-class SmallLM(nn.Module):
-    """A Llama of two layers whose embedding sees the token before; the upper one has no positions, as in the paper.
-
-    The upper layer starts as a head that looks where the token before was the present one, and copies what stands there.
-    Training would find it, but not in minutes; all arms start so.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        config = SmolLM3Config(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=344,
-            num_hidden_layers=2,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            max_position_embeddings=LENGTH,
-            no_rope_layers=[1, 0],
-            tie_word_embeddings=True,
-            pad_token_id=None,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        self.lm = SmolLM3ForCausalLM(config)
-        turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q
-        self.before = nn.Embedding.from_pretrained(self.lm.model.embed_tokens.weight.detach() @ turn, freeze=False)
-        upper, one = self.lm.model.layers[1].self_attn, torch.eye(WIDTH)
-        with torch.no_grad():
-            for name, weight in (("q", one), ("k", turn), ("v", one), ("o", config.initializer_range * one)):
-                getattr(upper, f"{name}_proj").weight.copy_(weight)
-
-    def forward(self, batch: StreamBatch, last: Tensor) -> Tensor:
-        """Return logits; `last`, int64, shape (rows, 1), are the tokens before the batch."""
-        last = last.masked_fill(batch.begins[:, None], 0)
-        states = self.lm.model.embed_tokens(batch.input_ids)
-        states = states + self.before(torch.cat([last, batch.input_ids[:, :-1]], dim=1))
-        return self.lm(inputs_embeds=states, attention_mask=batch.known, use_cache=False).logits
-
-    def remember(self, size: int, forgetting: float = 0.0) -> AttentionMemories:
-        drop_off = "age" if forgetting else "none"
-        memory = memorize(self.lm, [-1], size=size, top_k=TOP_K, normalize="l2", drop_off=drop_off)
-        memory.memories[1].scale.data.fill_(SCALE)
-        if forgetting:
-            memory.memories[1].forgetting.data.fill_(math.log(forgetting))
-        return memory
-
-
 def token_ids(options: argparse.Namespace, corpus: str, split: str) -> list[np.ndarray]:
     """Token ids of every document, the longest of `test` alone and cut off."""
     folder = options.runs / corpus
     path = folder / f"{split}.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        shape = ModelShape(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=344,
-            num_hidden_layers=2,
-            num_attention_heads=HEADS,
-            max_position_embeddings=LENGTH,
-        )
-        train_tokenizer(shape, [str(options.data / f"{corpus}.train.jsonl.xz")], folder / "tokenizer")
+        names = [str(options.data / f"{corpus}.train.jsonl.xz")]
+        train_tokenizer(VOCABULARY, LENGTH, names, folder / "tokenizer")
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", model_max_length=10**9)
-        texts = texts_of(options.data, corpus, split)
+        documents = documents_of(options.data / f"{corpus}.{split}.jsonl.xz", corpus == "code")
+        texts = [document.text for document in documents]
         if split != "train":
             texts = [text[: 10 * options.longest] for text in sorted(texts, key=len, reverse=True)[:DOCUMENTS]]
         elif corpus == "novels":  # enough for these steps
@@ -143,18 +101,7 @@ def token_ids(options: argparse.Namespace, corpus: str, split: str) -> list[np.n
         np.savez(path, *(np.array(tokenizer(text)["input_ids"], np.int32) for text in texts))
     with np.load(path) as file:
         found = [file[name].astype(np.int64) for name in file.files]
-    longest = {"test": options.longest, "valid": VALID}.get(split)
-    return found if longest is None else [ids[: longest + 1] for ids in found]
-
-
-def texts_of(data: Path, corpus: str, split: str) -> list[str]:
-    documents = list(memlm.Corpus(data / f"{corpus}.{split}.jsonl.xz"))
-    if corpus != "code":
-        return [document.text for document in documents]
-    folders = defaultdict(list)
-    for document in sorted(documents, key=lambda item: item.id):
-        folders[Path(document.id).parent].append(document.text)
-    return ["\n".join(texts) for texts in folders.values()]
+    return found if split == "train" else [ids[: options.longest + 1] for ids in found]
 
 
 def place(options: argparse.Namespace, corpus: str, arm: str) -> Path:
@@ -170,24 +117,23 @@ def train(options: argparse.Namespace, corpus: str, arm: str) -> None:
     turn = round(options.steps * (1 - FALLING))
     first = turn if arm in ("none", "tuned") else 0
     stop = turn if arm == "start" else options.steps
-    model = SmallLM().train()
-    memory = model.remember(TRAINED if arm in ("tuned", "memory") else 0)
+    model = CopyingLM(**SHAPE, seed=0).train()
+    drop_off = "none" if arm == "memory-no-drop-off" else "age"
+    memory = model.remember(0 if arm in ("start", "none") else TRAINED, TOP_K, drop_off)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     if first:
         state = torch.load(place(options, corpus, "start").with_suffix(".pt"), weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state, strict=False)  # the drop-off by age is new
     orders = (np.random.default_rng(epoch).permutation(len(documents)) for epoch in itertools.count())
     endless = (documents[number] for order in orders for number in order)
     last, started, losses = torch.zeros(ROWS, 1, dtype=torch.int64), time.perf_counter(), []
     batches = itertools.islice(document_streams(endless, ROWS, LENGTH), first, stop)
     for step, batch in enumerate(batches, start=first):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 20, (1 - step / options.steps) / FALLING)
+            group["lr"] = RATE * min(1.0, (step - first + 1) / 20, (1 - step / options.steps) / FALLING)
         memory.reset(batch.begins)
-        logits = model(batch, last)
+        loss = model.losses(batch, last).sum() / (batch.targets >= 0).sum()
         last = batch.input_ids[:, -1:]
-        loss = cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -196,11 +142,11 @@ def train(options: argparse.Namespace, corpus: str, arm: str) -> None:
         if (step + 1) % 40 == 0:
             seconds = time.perf_counter() - started
             print(corpus, arm, step + 1, f"{np.mean(losses[-40:]):.3f}", f"{seconds:.0f} s", flush=True)
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, result)
+    torch.save(model.state_dict(), result)
 
 
 @torch.no_grad()
-def nats(model: SmallLM, documents: list[np.ndarray], memory: AttentionMemories, rolled: bool) -> np.ndarray:
+def nats(model: CopyingLM, documents: list[np.ndarray], memory: AttentionMemories, rolled: bool) -> np.ndarray:
     """Nats of every target, document after document; each is one row."""
     rows, last = len(documents), torch.zeros(len(documents), 1, dtype=torch.int64)
     found: list[list[np.ndarray]] = [[] for _ in documents]
@@ -208,9 +154,8 @@ def nats(model: SmallLM, documents: list[np.ndarray], memory: AttentionMemories,
         if rolled:
             stack.enter_context(memory.reading_from([*range(1, rows), 0]))
         for batch in document_streams(documents, rows, LENGTH):
-            logits = model(batch, last)
+            values = model.losses(batch, last)
             last = batch.input_ids[:, -1:]
-            values = cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
             for row in range(rows):
                 found[row].append(values[row, batch.known[row].bool()].double().numpy())
     return np.concatenate([np.concatenate(parts) for parts in found])
@@ -220,50 +165,33 @@ def curve(options: argparse.Namespace, corpus: str) -> dict[str, Any]:
     """Every arm by memory size."""
     documents = token_ids(options, corpus, "test")
     measured: dict[str, np.ndarray] = {}
-    for arm, sizes in ARMS.items():
-        trained, _, by_age = arm.partition(", ")
-        state = torch.load(place(options, corpus, trained).with_suffix(".pt"), weights_only=True)["model"]
-        forgetting = chosen_forgetting(options, corpus, state) if by_age else 0.0
-        for size in sizes:
-            name = f"{arm}, {size}" if size >= 0 else f"{arm}, {-size}, of the other document"
-            path = place(options, corpus, name).with_suffix(".npy")
+    worn = {}
+    for name, arm in ARMS.items():
+        state = torch.load(place(options, corpus, arm.trained).with_suffix(".pt"), weights_only=True)
+        for size in arm.sizes:
+            row = f"{name}, {size}" if size >= 0 else f"{name}, {-size}, of the other document"
+            path = place(options, corpus, row).with_suffix(".npy")
+            model = CopyingLM(**SHAPE, seed=0).eval()
+            memory = model.remember(abs(size), TOP_K, arm.drop_off)
+            model.load_state_dict(
+                state, strict=False
+            )  # a size of 0 has no drop-off, and none was trained without memory
+            if arm.drop_off == "age" and size:
+                worn[name] = memory.memories[1].forgetting.exp().tolist()
             if not path.exists():
                 started = time.perf_counter()
-                model = SmallLM().eval()
-                memory = model.remember(abs(size), forgetting)
-                model.load_state_dict(state, strict=False)
                 np.save(path, nats(model, documents, memory, size < 0))
-                print(
-                    corpus,
-                    name,
-                    f"{math.exp(np.load(path).mean()):.3f}",
-                    f"{time.perf_counter() - started:.0f} s",
-                    flush=True,
-                )
-            measured[name] = np.load(path)
+                seconds = time.perf_counter() - started
+                print(corpus, row, f"{math.exp(np.load(path).mean()):.3f}", f"{seconds:.0f} s", flush=True)
+            measured[row] = np.load(path)
     number = np.repeat(np.arange(len(documents)), [len(ids) - 1 for ids in documents])
     rows = {}
     for name, values in measured.items():
         change = paired_bootstrap(measured["none, 0"] - values, number)
         rows[name] = {"perplexity": math.exp(values.mean()), "gain": change.to_dict()}
     lengths = [len(ids) - 1 for ids in documents]
-    facts = {"forgetting": forgetting, "steps": options.steps}
+    facts = {"forgetting": worn, "steps": options.steps}
     return facts | {"rows": rows, "lengths": lengths, "unit": units(number)[1]}
-
-
-def chosen_forgetting(options: argparse.Namespace, corpus: str, state: dict[str, Tensor]) -> float:
-    """Try drop-offs by age of the largest memory on `valid`."""
-    path = place(options, corpus, "forgetting.json")
-    if not path.exists():
-        documents, tried = token_ids(options, corpus, "valid"), {}
-        for forgetting in FORGETTING:
-            model = SmallLM().eval()
-            memory = model.remember(SIZES[-1], forgetting)
-            model.load_state_dict(state, strict=False)
-            tried[forgetting] = float(nats(model, documents, memory, False).mean())
-        print(corpus, "forgetting", tried, flush=True)
-        path.write_text(json.dumps(min(tried, key=tried.__getitem__)))
-    return json.loads(path.read_text())
 
 
 def speed(rows: int = 2, repeats: int = 7) -> dict[str, Any]:
@@ -307,12 +235,13 @@ def table(results: dict[str, Any]) -> str:
         "",
         "    python -m benchmarks.memorizing DATA --runs FOLDER",
         "",
-        f"A Llama of two layers and width {WIDTH} for each corpus, over a byte-level BPE vocabulary of {VOCABULARY:,} made of the corpus. Its",
-        "embedding sees the token before; the upper layer has memory, no positions, and starts as a head that copies (training for",
-        f"minutes would not find it). Joint softmax, top_k {TOP_K}, queries and keys of length 1. *none* was trained without memory: with",
-        f"memory, it is a joint softmax without any training. *tuned* is the same model, with a memory of {TRAINED:,} tokens in its last",
-        f"fifth of steps. *memory* had {TRAINED:,} tokens from the first step; *by age* is this model, not trained again, with one drop-off",
-        f"for all heads, chosen on `valid` among {', '.join(f'{value:g}' for value in FORGETTING)} nats a token. Steps and text are the same for all, one seed.",
+        f"A Llama of two layers and width {SHAPE['width']} for each corpus, over a byte-level BPE vocabulary of {VOCABULARY:,} made of the",
+        "corpus. Its embedding sees the token before; the upper layer has memory, no positions, and starts as a head that copies",
+        f"(training for minutes would not find it). Joint softmax, top_k {TOP_K}, queries and keys of length 1. *none* was trained without",
+        f"memory: with memory, it is a joint softmax without any training; *by age*, with a drop-off of {WORN:g} nats a token that nobody",
+        f"trained either. *tuned* is that model, with a memory of {TRAINED:,} tokens in its last fifth of steps; *memory* had {TRAINED:,} tokens",
+        f"from the first step. Both learn a drop-off by age for each head, which starts at {WORN:g}; *no drop-off*, the paper's form, has none.",
+        "Steps and text are the same for all, one seed.",
         "",
         f"Perplexity a token on `test`: the {DOCUMENTS} longest documents, at most {LONGEST:,} tokens of each, in segments of {LENGTH} that see",
         "nothing of one another but through memory. A directory of `code` is one document. In brackets the change to *none* with",
@@ -334,12 +263,16 @@ def table(results: dict[str, Any]) -> str:
         for size in (*map(str, SIZES), f"{SIZES[-1]}, of the other document"):
             cells = [cell(rows.get(f"{arm}, {size}")) for arm in arms]
             lines.append(f"| {size} | " + " | ".join(cells) + " |")
-        lines += ["", f"Drop-off by age: {result['forgetting']:g} nats a token."]
-        gains = {arm: rows[f"{arm}, {SIZES[-1]}"]["gain"]["mean"] for arm in arms}
+        learned = {
+            name: ", ".join(f"{value:.2g}" for value in result["forgetting"][name]) for name in ("tuned", "memory")
+        }
+        gains = {name: rows[f"{name}, {SIZES[-1]}"]["gain"]["mean"] for name in ARMS}
         lines += [
             "",
-            f"32k tokens of memory give {gains['memory']:.3f} nats a token to the model that was trained with memory, {gains['tuned']:.3f} to",
-            f"the one that was tuned, {gains['none']:.3f} to the one that was not; with the drop-off by age {gains['memory, by age']:.3f}.",
+            f"32k tokens of memory change the nats of a token, against *none* without, by {-gains['none']:+.3f} with no training at all,",
+            f"{-gains['none, by age']:+.3f} with a drop-off by age, {-gains['tuned']:+.3f} after the short fine-tune (that is",
+            f"{gains['tuned'] / gains['memory']:.0%} of the gain of *memory*), {-gains['memory']:+.3f} in *memory* and {-gains['memory, no drop-off']:+.3f}",
+            f"without drop-off. Drop-off learned, nats a token: tuned {learned['tuned']}; memory {learned['memory']}.",
             "",
         ]
     if "speed" in results:

@@ -33,8 +33,7 @@ from memlm.layers import (
     product_key_optimizers,
 )
 from memlm.recipes._claims import t_interval
-from memlm.training import ModelShape
-from memlm.training._scratch import train_tokenizer
+from memlm.training import train_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 CORPORA = ("wikitext2", "novels")
@@ -103,13 +102,12 @@ def prepare(data: Path, runs: Path) -> dict[str, Tensor]:
     runs.mkdir(parents=True, exist_ok=True)
     path = runs / "text.npz"
     if not path.exists():
-        shape = ModelShape(vocab_size=VOCABULARY, max_position_embeddings=LENGTH)
         names = {
             (corpus, split): str(data / f"{corpus}.{split}.jsonl.xz")
             for corpus in CORPORA
             for split in ("train", "valid", "test")
         }
-        tokenizer = train_tokenizer(shape, [names["wikitext2", "train"]], runs / "tokenizer")
+        tokenizer = train_tokenizer(VOCABULARY, LENGTH, [names["wikitext2", "train"]], runs / "tokenizer")
         arrays = {}
         for (corpus, split), name in names.items():
             documents = list(islice(Corpus([name]), DOCUMENTS[corpus]))

@@ -174,12 +174,30 @@ def test_a_ring_refuses_other_rows_and_states():
     assert ring.rows == 3
 
 
+def test_a_ring_keeps_its_entries_where_it_is_told_to():
+    """On another device than what is written: 'meta' holds no numbers, but knows where each tensor is."""
+    keys = torch.randn(2, 1, 3, 5)
+    ring = Ring(4, device="meta")
+    ring._make(keys)
+    assert {part.device.type for part in ring.state_dict().values()} == {"meta"}
+    here = Ring(4, device="cpu")
+    here.write(keys, keys)
+    found = here.read(keys, torch.full((2, 3), 9), k=2)
+    plain = Ring(4)
+    plain.write(keys, keys)
+    for part, expected in zip(found, plain.read(keys, torch.full((2, 3), 9), k=2), strict=True):
+        assert part.equal(expected)
+    ring.load_state_dict(here.state_dict())
+    assert {part.device.type for part in ring.state_dict().values()} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"size": -1}, "size is -1"),
         ({"top_k": 0}, "top_k is 0"),
         ({"combine": "sum"}, "expected one of joint, gate, null_slot"),
+        ({"device": "the moon"}, "device is 'the moon'; expected a name such as 'cpu'"),
         ({"positions": True}, "expected one of none, first, rebased"),
         ({"projections": "own_keys"}, "would never learn: memory is written without gradient"),
     ],

@@ -104,7 +104,7 @@ class AttentionMemories:
         for memory in self.memories.values():
             memory.remember()
             kept.append(memory.store)
-            memory.store = Ring(self.settings.size)
+            memory.store = Ring(self.settings.size, self.settings.device)
         try:
             yield
         finally:

@@ -81,7 +81,7 @@ class AttentionMemory(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
-        self.store: KeyValueMemory = Ring(settings.size)
+        self.store: KeyValueMemory = Ring(settings.size, settings.device)
         self.writes = True
         self.order: Tensor | None = None
         self.known: Tensor | None = None  # which tokens of this pass are text, bool, shape (batch, tokens); None is all
@@ -173,7 +173,7 @@ class AttentionMemory(nn.Module):
         seen = local.seen()
         ones = torch.ones(batch, tokens, dtype=torch.int64, device=queries.device)
         now = (ones if self.known is None else self.known.long()).cumsum(dim=1)  # of this pass, (batch, tokens)
-        written = self.store.written.repeat_interleave(copies)[:, None]
+        written = self.store.written.to(queries.device).repeat_interleave(copies)[:, None]
         placed = self._placed(queries, seen)
         searched = queries if self.settings.positions == "rebased" else placed
         remembered = (seen - now - self._passed).clamp_min(0)  # of what local attention sees, (batch, tokens)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import ConfigError
 
 _OWN_KEYS = (
@@ -37,6 +39,9 @@ class AttentionMemorySettings:
         projections: `shared`, memory and local attention have all of them in common (Wu et al. 2022). `own_queries`
             adds a projection for queries to memory, which starts as a copy.
 
+        device: Where it is remembered and searched, such as "cpu" for memories that are too large for the device of the
+            layer; None is that device.
+
     Raises:
         ConfigError: A setting has a value that cannot work.
     """
@@ -48,6 +53,7 @@ class AttentionMemorySettings:
     positions: str = "none"
     drop_off: str = "none"
     projections: str = "shared"
+    device: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("size", 0), ("top_k", 1)):
@@ -59,3 +65,7 @@ class AttentionMemorySettings:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError:
+            raise ConfigError(f"device is {self.device!r}; expected a name such as 'cpu' or 'cuda:0'") from None

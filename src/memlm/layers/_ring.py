@@ -75,17 +75,18 @@ class KeyValueMemory(Protocol):
 
 
 class Ring:
-    """The last `size` keys and values of every row and head, searched exactly on their device.
+    """The last `size` keys and values of every row and head, searched exactly where they are.
 
-    Rows are independent. The buffer is made by the first `write`, in the type and on the device of what is written, and
-    never grows: slot `place mod size` holds the entry of that place.
+    Rows are independent. The buffer is made by the first `write`, in the type of what is written, and never grows: slot
+    `place mod size` holds the entry of that place.
 
     Args:
         size: Entries a row.
+        device: Where they are; None is where the first that is written is. What is found is returned to the queries'.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, device: str | None = None) -> None:
+        self.size, self.device = size, device
         self._keys = self._values = torch.empty(0)
         self._written = torch.zeros(0, dtype=torch.int64)
 
@@ -114,6 +115,7 @@ class Ring:
         rows, _, n, _ = keys.shape
         if not self.rows:
             self._make(keys)
+        keys, values = keys.to(self._keys.device), values.to(self._keys.device)
         expected = (*self._keys.shape[:2], n, self._keys.shape[3])
         if keys.shape != expected or values.shape != expected:
             raise ShapeError(
@@ -149,6 +151,9 @@ class Ring:
         if not filled:
             return None
         keys, values, written = self._keys, self._values, self._written
+        home, device = queries.device, keys.device
+        queries, before = queries.to(device), before.to(device)
+        fading = None if fading is None else fading.to(device)
         if order is not None:
             keys, values, written = keys[order], values[order], written[order]
             before = before + (written - self._written)[:, None]
@@ -168,7 +173,7 @@ class Ring:
             return buffer.flatten(0, 2).index_select(0, flat).view(*slots.shape, -1)
 
         found = places.gather(1, slots.flatten(1)).view(slots.shape)
-        return Recalled(chosen(keys), chosen(values), present, found)
+        return Recalled(*(part.to(home) for part in (chosen(keys), chosen(values), present, found)))
 
     def reset(self, rows: Tensor | None = None) -> None:
         """Forget everything, and with it how many rows there were; or only the rows that are flagged or numbered.
@@ -207,12 +212,14 @@ class Ring:
             raise ShapeError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} are not those of a memory")
         if keys.shape[2] != self.size:
             raise ShapeError(f"the state is of a memory of {keys.shape[2]} entries, this one has {self.size}")
-        self._keys, self._values, self._written = keys.clone(), values.clone(), written.clone()
+        self._keys, self._values, self._written = (
+            part.to(self.device or part.device, copy=True) for part in (keys, values, written)
+        )
 
     def _make(self, like: Tensor) -> None:
         rows, heads, _, width = like.shape
         with torch.inference_mode(False):  # what is made in that mode could not be written outside it
-            options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+            options: dict[str, Any] = {"dtype": like.dtype, "device": self.device or like.device}
             self._keys = torch.zeros(rows, heads, self.size, width, **options)
             self._values = torch.zeros(rows, heads, self.size, width, **options)
-            self._written = torch.zeros(rows, dtype=torch.int64, device=like.device)
+            self._written = torch.zeros(rows, dtype=torch.int64, device=options["device"])

@@ -14,6 +14,7 @@ from ._reader import train_reader as train_reader
 from ._recipe import ModelShape as ModelShape
 from ._recipe import Recipe as Recipe
 from ._recipe import load_recipe as load_recipe
+from ._scratch import train_tokenizer as train_tokenizer
 from ._segments import Segments as Segments
 from ._segments import bm25_segments as bm25_segments
 from ._segments import consecutive_segments as consecutive_segments
@@ -75,5 +76,6 @@ __all__ = [
     "spalm_segments",
     "train_language_model",
     "train_spalm",
+    "train_tokenizer",
     "train_trime",
 ]

@@ -45,7 +45,8 @@ def train_language_model(recipe: Recipe, output: str | Path, *, show_progress: b
     described = {"method": "lm"} | dataclasses.asdict(recipe)
     check_recipe(described, ["method", "train", "valid", "model"], output)  # the schedule's length may change
     write_json(output / "recipe.json", described)
-    tokenizer = train_tokenizer(recipe.model, recipe.train, output / "tokenizer")
+    shape = recipe.model
+    tokenizer = train_tokenizer(shape.vocab_size, shape.max_position_embeddings, recipe.train, output / "tokenizer")
     train = _tokens(recipe.train, tokenizer, output / "train.npy", show_progress)
     valid = {
         name: _tokens([path], tokenizer, output / f"valid-{number}.npy", show_progress)

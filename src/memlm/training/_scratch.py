@@ -15,8 +15,15 @@ from ._recipe import ModelShape
 END_OF_TEXT = "<|endoftext|>"
 
 
-def train_tokenizer(shape: ModelShape, train: list[str], path: Path) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE with one special token, which begins and ends every document; if `path` has it, load it."""
+def train_tokenizer(vocabulary: int, positions: int, train: list[str], path: Path) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE with one special token, which begins and ends every document; if `path` has it, load it.
+
+    Args:
+        vocabulary: Tokens, at least 257.
+        positions: Of the model that it is for.
+        train: Files or folders of documents.
+        path: Folder of the tokenizer, written at once or not at all.
+    """
     if not path.exists():
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -27,14 +34,14 @@ def train_tokenizer(shape: ModelShape, train: list[str], path: Path) -> PreTrain
             single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B", special_tokens=[(END_OF_TEXT, 0)]
         )
         trainer = trainers.BpeTrainer(
-            vocab_size=shape.vocab_size,
+            vocab_size=vocabulary,
             special_tokens=[END_OF_TEXT],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         tokenizer.train_from_iterator((document.text for document in Corpus(train)), trainer)
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-        fast.model_max_length = shape.max_position_embeddings
+        fast.model_max_length = positions
         staging = path.with_name("tokenizer.tmp")
         fast.save_pretrained(staging)
         staging.rename(path)

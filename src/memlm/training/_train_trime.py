@@ -91,7 +91,8 @@ def _start(recipe: TrimeRecipe, output: Path, checkpoint: Path | None, device: s
     write_json(output / "recipe.json", recipe.describe())
     if lm is None:
         assert recipe.model is not None  # one of the two, says the recipe
-        tokenizer = train_tokenizer(recipe.model, recipe.train, output / "tokenizer")
+        shape = recipe.model
+        tokenizer = train_tokenizer(shape.vocab_size, shape.max_position_embeddings, recipe.train, output / "tokenizer")
         torch.manual_seed(recipe.schedule.seed)
         model: Any = LlamaForCausalLM(llama_config(recipe.model, tokenizer))
         lm = LanguageModel(model.to(device).eval(), tokenizer, "a new model")

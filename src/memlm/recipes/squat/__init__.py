@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ...documents import Corpus
-from .._code_tokenizer import code_tokenizer
 from .._experiment import PERPLEXITY, Claim, Experiment, Measured, Place, Task
 from .._sources import standard_library, write_texts
 from . import _rows as rows
@@ -20,11 +19,16 @@ ARMS = {
     "squat-long": "two layers, wide; segments eight times as long",
 }
 DESCRIPTION = """
-A “squat” language model has a long context and few parameters. Four Llamas of about equal parameters are trained on the
-same text in the same order, as many tokens an update and as many updates; documents are read segment by segment, and a
-memory (Memorizing Transformers, Wu et al. 2022, arXiv:2203.08913, one softmax with local attention) is emptied where
-another document begins. The *window* is a segment of the short kind: a token counts as last seen beyond it where it
-stands in the document before, but not among that many tokens before it.
+A “squat” language model has a long context and few parameters. Four Llamas of about equal parameters are trained on
+the same documents in the same order, as many tokens an update and as many updates; documents are read segment by
+segment, and a memory (Memorizing Transformers, Wu et al. 2022, arXiv:2203.08913, one softmax with local attention, a
+learned drop-off by age) is emptied where another document begins. All four begin as models that copy: every state
+holds the token before, and the last layer, which has no positions, looks where that was the present token. Training
+would find this, but not in minutes. Where segments are long, an update reads the next segments of a few of the
+documents in turn.
+
+The tokenizer is byte-level BPE, made of the training text. The *window* is a segment of the short kind: a token counts
+as last seen beyond it where it stands in the document before, but not among that many tokens before it.
 
 Tokens a second are of reading the test text, two documents at a time, on one thread; bytes of state are what must be
 kept of one text while it is read: keys and values of the window and of the memory, float32.
@@ -81,14 +85,16 @@ def prepare(sizes: Sizes, folder: Path) -> dict[str, Any]:
         documents = standard_library(room, room | {"test": sizes.test_file})
         write_texts(place, {name: documents[name] for name in ("train", "test")})
         facts = {"standard library of Python": platform.python_version()}
-    texts = {name: [item.text for item in Corpus(place / f"{name}.jsonl")] for name in ("train", "test")}
-    code_tokenizer(texts["train"], sizes.vocabulary, sizes.long).save_pretrained(folder / "tokenizer")
-    return facts | {f"{name} documents": len(items) for name, items in texts.items()}
+    from ...training import train_tokenizer  # which loads torch
+
+    train_tokenizer(sizes.vocabulary, sizes.long, [str(place / "train.jsonl")], folder / "tokenizer")
+    counts = {name: sum(1 for _ in Corpus(place / f"{name}.jsonl")) for name in ("train", "test")}
+    return facts | {f"{name} documents": count for name, count in counts.items()}
 
 
 def work(sizes: Sizes, arm: str) -> int:
-    """Return the tokens that one arm reads, about: a token has some three characters."""
-    return sizes.steps * sizes.rows * sizes.length + sizes.test // 3
+    """Return the tokens that one arm trains on."""
+    return sizes.steps * sizes.rows * sizes.length
 
 
 def measure(task: Task) -> Measured:

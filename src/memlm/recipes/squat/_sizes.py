@@ -23,8 +23,8 @@ class Sizes:
         feed_forward: … and of their feed-forward layers.
         heads: Of their attention.
         length: Tokens a segment.
-        long: Tokens a segment, where the context is long; a multiple of `length`.
-        rows: Segments of `length` a batch.
+        long: Tokens a segment, where the context is long; a multiple of `length`, and `rows` times `length` one of it.
+        rows: Documents that are read at the same time; an update reads `rows` times `length` tokens.
         steps: Updates.
         learning_rate: Peak rate of AdamW.
         memory: Tokens that an attention memory remembers.
@@ -63,12 +63,12 @@ FULL = Sizes(
     deep_heads=2,
     layers=2,
     width=96,
-    feed_forward=282,
+    feed_forward=273,
     heads=3,
     length=128,
     long=1024,
     rows=16,
-    steps=900,
+    steps=600,
     memory=4096,
     top_k=32,
 )
@@ -76,14 +76,14 @@ TINY = Sizes(
     train=60_000,
     test=16_000,
     test_file=4_000,
-    vocabulary=200,
+    vocabulary=300,
     deep_layers=3,
     deep_width=16,
     deep_feed_forward=40,
     deep_heads=2,
     layers=2,
     width=18,
-    feed_forward=51,
+    feed_forward=57,
     heads=1,
     length=16,
     long=64,

@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ...documents import Corpus
-from ...layers import AttentionMemories, memorize
+from ...layers import AttentionMemories
 from ...training import StreamBatch, document_streams
+from .._copying import CopyingLM
 from .._experiment import Measured, Row, Task
 from . import _rows as rows
 from ._sizes import Sizes
@@ -33,7 +34,7 @@ def measure(task: Task) -> Measured:
         for path in (task.folder / "text" / f"{name}.jsonl" for name in ("train", "test"))
     )
     model = new_model(sizes, task.arm, task.seed)
-    memory = memorize(model, [-1], size=sizes.memory, top_k=sizes.top_k) if task.arm == "squat-memory" else None
+    memory = model.remember(sizes.memory if task.arm == "squat-memory" else 0, sizes.top_k)
     train(model, memory, task.arm, train_ids, sizes, task.seed, task.advance)
     trained = time.process_time()
     test_ids.sort(key=len)  # of the two that are read side by side, neither waits long
@@ -42,7 +43,7 @@ def measure(task: Task) -> Measured:
     seen = [last_seen(ids, sizes.length) for ids in test_ids]
     found = {name: _row(losses, [part == kind for part in seen]) for kind, name in enumerate(KINDS)}
     found[rows.ALL] = _row(losses, [np.ones(len(part), bool) for part in losses])
-    if memory is not None:
+    if task.arm == "squat-memory":
         for name, way in ((rows.EMPTY, "empty"), (rows.OTHER, "other")):
             other = read(model, memory, test_ids, length_of(sizes, task.arm), way)
             found[name] = _row(other, [np.ones(len(part), bool) for part in other])
@@ -52,7 +53,7 @@ def measure(task: Task) -> Measured:
         groups="documents",
         rows=found,
         facts={
-            "parameters": model.num_parameters(),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "tokens a second": sum(counts) / seconds,
             "bytes of state": state_bytes(sizes, task.arm),
             "processor seconds of training": trained - started,
@@ -66,29 +67,23 @@ def length_of(sizes: Sizes, arm: str) -> int:
     return sizes.long if arm == "squat-long" else sizes.length
 
 
-def new_model(sizes: Sizes, arm: str, seed: int) -> LlamaForCausalLM:
-    """Return a small Llama with random weights."""
-    torch.manual_seed(seed)
+def new_model(sizes: Sizes, arm: str, seed: int) -> CopyingLM:
+    """Return a small model that copies; all else of it is random."""
     deep = arm == "deep"
-    config = LlamaConfig(
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.deep_width if deep else sizes.width,
-        intermediate_size=sizes.deep_feed_forward if deep else sizes.feed_forward,
-        num_hidden_layers=sizes.deep_layers if deep else sizes.layers,
-        num_attention_heads=sizes.deep_heads if deep else sizes.heads,
-        num_key_value_heads=sizes.deep_heads if deep else sizes.heads,
-        max_position_embeddings=length_of(sizes, arm),
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
+    return CopyingLM(
+        vocabulary=sizes.vocabulary,
+        layers=sizes.deep_layers if deep else sizes.layers,
+        width=sizes.deep_width if deep else sizes.width,
+        feed_forward=sizes.deep_feed_forward if deep else sizes.feed_forward,
+        heads=sizes.deep_heads if deep else sizes.heads,
+        length=length_of(sizes, arm),
+        seed=seed,
     )
-    return LlamaForCausalLM(config)
 
 
 def train(
-    model: LlamaForCausalLM,
-    memory: AttentionMemories | None,
+    model: CopyingLM,
+    memory: AttentionMemories,
     arm: str,
     documents: Sequence[np.ndarray],
     sizes: Sizes,
@@ -97,23 +92,37 @@ def train(
 ) -> None:
     """Train a model in place, on documents that are read in order, over and over in another order of documents."""
     length = length_of(sizes, arm)
-    count = sizes.rows * sizes.length // length  # as many tokens an update in every arm
     optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / sizes.steps / _WARM, (1 - step / sizes.steps) / _FALLING)
     )
     model.train()
-    batches = document_streams(_endless(documents, seed), count, length)
-    for batch in itertools.islice(batches, sizes.steps):
-        if memory is not None:
-            memory.reset(batch.begins)
-        losses_of(model, batch).sum().div((batch.targets >= 0).sum()).backward()
+    batches = _batches(documents, sizes, length, seed)
+    for batch, before in itertools.islice(batches, sizes.steps):
+        memory.reset(batch.begins)
+        model.losses(batch, before).sum().div((batch.targets >= 0).sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        advance(count * length)
+        advance(batch.input_ids.numel())
     model.eval()
+
+
+def _batches(
+    documents: Sequence[np.ndarray], sizes: Sizes, length: int, seed: int
+) -> Iterator[tuple[StreamBatch, Tensor]]:
+    """Yield segments and the token before each: as many tokens a batch, out of as many documents, whatever the length.
+
+    Where segments are long, a batch takes the next few of the rows, which read as many documents at a time as all.
+    """
+    count = sizes.rows * sizes.length // length
+    before = torch.zeros(sizes.rows, 1, dtype=torch.int64)
+    for batch in document_streams(_endless(documents, seed), sizes.rows, length):
+        for first in range(0, sizes.rows, count):
+            rows = slice(first, first + count)
+            yield StreamBatch(*(part[rows] for part in batch)), before[rows]
+        before = batch.input_ids[:, -1:]
 
 
 def _endless(documents: Sequence[np.ndarray], seed: int) -> Iterator[np.ndarray]:
@@ -122,16 +131,10 @@ def _endless(documents: Sequence[np.ndarray], seed: int) -> Iterator[np.ndarray]
         yield from (documents[number] for number in order)
 
 
-def losses_of(model: LlamaForCausalLM, batch: StreamBatch) -> Tensor:
-    """Return the nats of every target, shape (rows, length); 0 for padding."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.known, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
-
-
 @torch.no_grad()
 def read(
-    model: LlamaForCausalLM,
-    memory: AttentionMemories | None,
+    model: CopyingLM,
+    memory: AttentionMemories,
     documents: Sequence[np.ndarray],
     length: int,
     way: str = "own",
@@ -140,7 +143,7 @@ def read(
 
     Args:
         model: In evaluation mode.
-        memory: Of the model, if it has one.
+        memory: Of the model.
         documents: Token ids of each, shape (tokens,).
         length: Tokens a segment.
         way: "own", or a control: "empty" empties the memory before every segment, "other" reads that of the other
@@ -150,23 +153,18 @@ def read(
     for start in range(0, len(documents), _TOGETHER):
         pair = documents[start : start + _TOGETHER]
         parts: list[list[np.ndarray]] = [[] for _ in pair]
-        if memory is not None:
-            memory.reset()
+        memory.reset()
+        before = torch.zeros(len(pair), 1, dtype=torch.int64)
         for batch in document_streams(pair, len(pair), length):
-            if memory is not None and way == "empty":
+            if way == "empty":
                 memory.reset()
-            with _reading(memory, way, len(pair)):
-                losses = losses_of(model, batch)
+            with memory.reading_from([*range(len(pair))][::-1]) if way == "other" else nullcontext():
+                losses = model.losses(batch, before)
+            before = batch.input_ids[:, -1:]
             for row, part in enumerate(parts):
                 part.append(losses[row][batch.targets[row] >= 0].double().numpy())
         found += [np.concatenate(part) for part in parts]
     return found
-
-
-def _reading(memory: AttentionMemories | None, way: str, count: int) -> AbstractContextManager[Any]:
-    if memory is None or way != "other":
-        return nullcontext()
-    return memory.reading_from(list(range(count))[::-1])
 
 
 KINDS = (rows.NEW, rows.NEAR, rows.FAR)

@@ -1,0 +1,92 @@
+"""A small language model that begins as one that copies: what an attention memory needs, and minutes do not teach."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+from ..layers import AttentionMemories, memorize
+from ..training import StreamBatch
+
+_SCALE = 20.0  # of the last layer's queries and keys, whose length is 1
+_FORGETTING = 1e-3  # nats that an entry of the memory loses a token, at first
+
+
+class CopyingLM(nn.Module):
+    """A Llama whose embedding sees the token before, and whose last layer starts as an induction head.
+
+    To find in a memory what followed the present token, a layer must compare it with the token *before* each entry.
+    Here every state holds both, e(x_t) + T e(x_{t−1}); T starts as a random rotation, and the last layer's queries,
+    keys and values so that it looks where the token before was the present one, and copies what stands there. Training
+    finds such a circuit by itself, but not in minutes. As in Wu et al. 2022, that layer has no positions, and its
+    queries and keys have length 1.
+
+    Args:
+        vocabulary: Tokens.
+        layers: Decoder layers, the last of which may have a memory.
+        width: Of the states …
+        feed_forward: … and of the feed-forward layers.
+        heads: Of attention.
+        length: Tokens of the longest segment.
+        seed: Of the random weights.
+    """
+
+    def __init__(
+        self, *, vocabulary: int, layers: int, width: int, feed_forward: int, heads: int, length: int, seed: int
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        config = SmolLM3Config(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=feed_forward,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=length,
+            no_rope_layers=[1] * (layers - 1) + [0],
+            tie_word_embeddings=True,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        self.lm = SmolLM3ForCausalLM(config)
+        self.turn = nn.Linear(width, width, bias=False)
+        last, one = self.lm.model.layers[-1].self_attn, torch.eye(width)
+        with torch.no_grad():
+            turn = torch.linalg.qr(torch.randn(width, width)).Q
+            self.turn.weight.copy_(turn)
+            starts = {"q_proj": turn, "k_proj": one, "v_proj": one, "o_proj": config.initializer_range * one}
+            for name, weight in starts.items():
+                getattr(last, name).weight.copy_(weight)
+
+    def forward(self, batch: StreamBatch, before: Tensor) -> Tensor:
+        """Return logits, shape (rows, length, vocabulary).
+
+        Args:
+            batch: Segments of `length` tokens.
+            before: The token before each segment, int64, shape (rows, 1); it is not seen where a document begins.
+        """
+        before = torch.cat([before, batch.input_ids[:, :-1]], dim=1)
+        embed = self.lm.model.embed_tokens
+        turned = self.turn(embed(before))  # (rows, length, width)
+        first = torch.arange(before.shape[1]) == 0
+        states = embed(batch.input_ids) + turned.masked_fill((batch.begins[:, None] & first)[..., None], 0.0)
+        return self.lm(inputs_embeds=states, attention_mask=batch.known, use_cache=False).logits
+
+    def losses(self, batch: StreamBatch, before: Tensor) -> Tensor:
+        """Return the nats of every target, shape (rows, length); 0 for padding."""
+        logits = self(batch, before)
+        return nn.functional.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
+
+    def remember(self, size: int, top_k: int, drop_off: str = "age") -> AttentionMemories:
+        """Give the last layer a memory and queries and keys of length 1; a size of 0 gives it the latter alone."""
+        memory = memorize(self.lm, [-1], size=size, top_k=top_k, normalize="l2", drop_off=drop_off if size else "none")
+        (added,) = memory.memories.values()
+        added.scale.data.fill_(_SCALE)
+        if size and drop_off == "age":
+            added.forgetting.data.fill_(math.log(_FORGETTING))
+        return memory
