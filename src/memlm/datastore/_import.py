@@ -22,7 +22,8 @@ from ..text import count
 from ._manifest import Manifest
 from ._parquet import NAME, arrow, checked_settings, schema
 from ._part import Part
-from ._segment import Pruned, Stored
+from ._pruned import Pruned
+from ._segment import Stored
 from ._writing import segment_used, write_segment
 
 _TEXTS = ["id", "text", "metadata"]

@@ -18,6 +18,7 @@ from ..documents import Document
 from ..errors import CorpusError, DatastoreCorrupt, KeyOverflow, ModelError, ShapeError
 from ..tensors import Layout, create_tensors, map_bytes, open_tensors
 from ._part import Part
+from ._pruned import Pruned
 
 STORED_TYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16), "int8": ("I8", torch.int8)}
 
@@ -25,33 +26,6 @@ STORED_TYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bf
 def value_type(vocab_size: int) -> str:
     """Return the smallest unsigned type (of 2 or 4 bytes) that holds every token id."""
     return "U16" if vocab_size <= 1 << 16 else "U32"
-
-
-class Pruned(NamedTuple):
-    """What is left of a pruned document's entries; see `Datastore.prune`.
-
-    Attributes:
-        positions: Of the entries in the document's sequence, rising, uint32, shape (entries,).
-        counts: How many entries each of them stands for, at least 1, uint32, shape (entries,).
-    """
-
-    positions: npt.NDArray[np.uint32]
-    counts: npt.NDArray[np.uint32]
-
-    @classmethod
-    def none(cls, entries: int) -> Pruned:
-        """Return what a document has that is not pruned."""
-        return cls(np.arange(entries, dtype=np.uint32), np.ones(entries, np.uint32))
-
-    @property
-    def whole(self) -> bool:
-        """Whether nothing was merged."""
-        return bool((self.counts == 1).all() and (self.positions == np.arange(len(self.positions))).all())
-
-    @property
-    def sound(self) -> bool:
-        """Whether the numbers are such as can be."""
-        return bool((np.diff(self.positions.astype(np.int64)) > 0).all() and (self.counts > 0).all())
 
 
 class Stored(NamedTuple):
