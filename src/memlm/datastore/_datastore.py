@@ -372,7 +372,8 @@ class Datastore(Version):
         """Export all documents of this version into one Parquet file, a row each; what was removed is left out.
 
         Columns: `id`, `text`, `metadata` (as JSON), `values` (token ids of the entries), `spans` (where these tokens
-        stand in the text, in characters), `positions` and `counts` where some are pruned, and `keys`. What the datastore is bound to is in the file's metadata.
+        stand in the text, in characters), `positions` and `counts` where some are pruned, and `keys`. What the
+        datastore is bound to is in the file's metadata.
 
         Args:
             file: To make; must not exist.
