@@ -68,7 +68,7 @@ def content(memory):
         first, stop = item["entries"]
         keys = memory.keys.gather_keys(np.arange(first, stop)).numpy()
         counts = np.ones(stop - first, int) if memory.counts is None else memory.counts[first:stop]
-        places = memory.positions(first, stop) if stop > first else np.zeros(0, int)
+        places = memory.positions(first, stop)
         spans = [(origin.start, origin.token) for origin in map(memory.provenance, range(first, stop))]
         rows[item["id"]] = (item["text"], str(item["metadata"]), memory.values[first:stop].tolist(), spans)
         rows[item["id"]] += (keys.tolist(), counts.tolist(), places.tolist())
@@ -151,6 +151,22 @@ def test_another_order_merges_other_entries(near, tmp_path):
     for memory, seed in ((near, 0), (other, 1), (again, 0)):
         memory.prune(4, seed=seed, **QUIET)
     assert content(near) == content(again) != content(other)
+
+
+def test_documents_without_entries_stay(tmp_path):
+    encoder = ByLetter()
+    encoder.identity["tokenizer"]["start"] = None
+    encoder.tokenize = lambda document: Tokenized(
+        document, np.array([*map(ord, document.text)]), np.zeros((len(document.text), 2), np.uint32)
+    )
+    texts = ["a", "abababab", "b"]  # a document of one token has no entry
+    memory = build(tmp_path / "memory", encoder, [Document(text, text) for text in texts])
+    ranges = [item["entries"] for item in memory.documents()]
+    assert [memory.positions(*item).tolist() for item in ranges] == [[], list(range(7)), []]
+    assert memory.prune(0) == 5
+    assert [memory.positions(*item["entries"]).tolist() for item in memory.documents()] == [[], [0, 1], []]
+    assert memory.remove(["abababab"]) == ["abababab"]
+    assert (memory.prune(3), len(memory)) == (0, 0)
 
 
 def test_nothing_is_merged_into_another_document(tmp_path):
@@ -349,7 +365,7 @@ def test_provenance_and_what_follows(memory):
     memory.prune(0, **QUIET)
     for item in memory.documents():
         first, stop = item["entries"]
-        places = memory.positions(first, stop).tolist() if stop > first else []
+        places = memory.positions(first, stop).tolist()
         for entry, place in zip(range(first, stop), places, strict=True):
             origin = memory.provenance(entry)
             assert (origin.position, origin.document) == (place, item["id"])

@@ -332,12 +332,14 @@ class Version:
         """
         result = ~self.last_of_document
         for start, segment in zip(self._starts, self._segments, strict=False):
-            if segment.counts is not None:
+            if segment.counts is not None and segment.entries:
                 result[start : start + segment.entries - 1] &= np.diff(segment.positions.astype(np.int64)) == 1
         return result
 
     def positions(self, first: int, stop: int) -> npt.NDArray[np.int64]:
         """Return the places of a document's entries [from, to) in its sequence, rising: all, where it is not pruned."""
+        if first >= stop:
+            return np.zeros(0, np.int64)  # also behind the last segment
         number = int(np.searchsorted(self._starts, first, side="right")) - 1
         start = int(self._starts[number])
         return self._segments[number].positions[first - start : stop - start].astype(np.int64)
