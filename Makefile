@@ -10,7 +10,7 @@ INSTALLED_DEV := .venv/.installed-dev
 help:
 	@echo "make demo   install, give a language model a memory, measure it (MODEL=name for another model)"
 	@echo "make test   install, check style and types, run all tests"
-	@echo "make test-faults   kill writers of datastores 100 times each (minutes)"
+	@echo "make test-faults   kill writers of datastores 100 times each, damage datastores (minutes)"
 	@echo "make lint   style and types only"
 	@echo "make bench  measure speed (minutes); results go to benchmarks/results"
 
@@ -46,8 +46,9 @@ test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests src --doctest-modules
 
 test-faults: $(INSTALLED_DEV)
-	@echo "== 100 kills of each way to write a datastore, a long state machine, 10,000 damaged manifests =="
-	@OMP_NUM_THREADS=1 MEMLM_KILLS=100 $(BIN)/pytest -n 2 tests/test_faults.py tests/test_state_machine.py tests/test_injuries.py
+	@echo "== pytest: 100 kills of each way to write a datastore, 4,000 changes, 1,500 damaged files, 15,000 manifests =="
+	@OMP_NUM_THREADS=1 MEMLM_KILLS=100 $(BIN)/pytest -n 2 --dist worksteal -vv \
+		tests/test_state_machine.py tests/test_faults.py tests/test_injuries.py
 
 bench: $(INSTALLED_DEV)
 	@$(BIN)/python -m benchmarks.speed

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 import memlm
 from memlm.evaluation._bootstrap import paired_bootstrap, units
 from memlm.layers import AttentionMemories, forget, memorize
-from memlm.recipes._copying import CopyingLM
+from memlm.recipes._copying import CopyingLM, losses_of
 from memlm.training import document_streams, train_tokenizer
 
 from .squat import documents_of
@@ -132,7 +132,7 @@ def train(options: argparse.Namespace, corpus: str, arm: str) -> None:
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step - first + 1) / 20, (1 - step / options.steps) / FALLING)
         memory.reset(batch.begins)
-        loss = model.losses(batch, last).sum() / (batch.targets >= 0).sum()
+        loss = losses_of(model, batch, last).sum() / (batch.targets >= 0).sum()
         last = batch.input_ids[:, -1:]
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -154,7 +154,7 @@ def nats(model: CopyingLM, documents: list[np.ndarray], memory: AttentionMemorie
         if rolled:
             stack.enter_context(memory.reading_from([*range(1, rows), 0]))
         for batch in document_streams(documents, rows, LENGTH):
-            values = model.losses(batch, last)
+            values = losses_of(model, batch, last)
             last = batch.input_ids[:, -1:]
             for row in range(rows):
                 found[row].append(values[row, batch.known[row].bool()].double().numpy())

@@ -31,10 +31,12 @@ def memory(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("injured") / "memory"
     index = request.param if request.param != "compressed" else "exact"
     settings = {"segment_entries": 90, "show_progress": False}
-    memory = Datastore.build(FakeEncoder(), random_documents(5, 40), path, index=index, **settings)
+    # More tokens than uint16 has, and not so many that counting them would be most of the work
+    encoder = FakeEncoder(vocab_size=1 << 17)
+    memory = Datastore.build(encoder, random_documents(5, 40), path, index=index, **settings)
     if request.param == "compressed":
         memory.compress(5, index="IVF2,SQ8", **settings)
-    memory.add(FakeEncoder(), random_documents(6, 40)[5:])
+    memory.add(encoder, random_documents(6, 40)[5:])
     memory.remove("d1")
     return memory
 
@@ -48,7 +50,7 @@ def answers(path):
         [array.tolist() for array in found],
         sources,
         list(memory.documents()),
-        memory.statistics().tolist(),
+        memory.statistics().numpy().tobytes(),
         len(memory),
     )
 

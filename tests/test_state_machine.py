@@ -1,4 +1,7 @@
-"""Any sequence of changes to a datastore agrees with a dictionary. MEMLM_KILLS makes it longer, as test_faults."""
+"""Any sequence of changes to a datastore agrees with a dictionary.
+
+MEMLM_KILLS, as in test_faults, makes it 4,000 changes instead of 480.
+"""
 
 import os
 import shutil
@@ -7,9 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from fake_encoder import FakeEncoder
 from memlm import Datastore, Document
@@ -154,11 +164,16 @@ class Life(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-many = "MEMLM_KILLS" in os.environ
-Life.TestCase.settings = settings(
-    max_examples=100 if many else 12,
+MANY = "MEMLM_KILLS" in os.environ
+LIVES = settings(
+    max_examples=20 if MANY else 12,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-TestLife = pytest.mark.timeout(1200)(Life.TestCase)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("number", range(5 if MANY else 1))  # parts, for several processes
+def test_a_life_agrees_with_a_dictionary(number):
+    run_state_machine_as_test(seed(number)(Life), settings=LIVES)

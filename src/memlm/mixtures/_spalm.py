@@ -127,11 +127,12 @@ class SpalmMixture(StateMixture):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SteeredMixture(StateMixture):
-    """z = h + A Σ_y b_y e(y), b_y = log(1 + λ / (1 − λ) · q(y) / p_LM(y)), over the neighbors' distinct next tokens y.
+    """z = h + A Eᵀ (E A Eᵀ)⁻¹ b, b_y = log(1 + λ / (1 − λ) · q(y) / p_LM(y)), y the neighbors' distinct next tokens.
 
     q = softmax(−d / T) is p_kNN, and b_y the change of a logit that turns p_LM(y) into about (1 − λ) p_LM(y) + λ q(y).
-    A is `OutputEmbedding.isolating`, which is known without learning. A network says u of every target,
-    λ = min(σ(logit λ₀ + u), 1 − 10⁻⁴); where it says zero, this is kNN-LM as near as a change of state can be.
+    E are the embeddings of these tokens, A = `OutputEmbedding.isolating`: each of them gets its change, and all logits
+    together change as little as that allows; see `ops.steering`. Nothing of it is learned. A network says u of every
+    target, λ = min(σ(logit λ₀ + u), 1 − 10⁻⁴); where it says zero, this is kNN-LM as near as a change of state can be.
 
     Attributes:
         interpolation_weight: λ₀, in (0, 1).
@@ -199,8 +200,8 @@ def steered(said: Tensor, evidence: Evidence, interpolation_weight: float, tempe
         log_probs = log_probs + layer.bias[found.tokens]
     log_shares = knn_log_shares(found, temperature)
     log_odds = _log_odds(said, interpolation_weight)
-    steps = ops.steering(log_odds, log_shares, found.tokens, found.present, log_probs, embeddings)
-    return hidden + steps @ layer.isolating
+    given = log_odds, log_shares, found.tokens, found.present, log_probs, embeddings
+    return hidden + ops.steering(*given, layer.isolating)
 
 
 def _log_odds(said: Tensor, interpolation_weight: float) -> Tensor:

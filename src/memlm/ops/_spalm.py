@@ -13,6 +13,7 @@ from torch import Tensor
 
 # The score of a neighbor that is not there. Finite, because a softmax over nothing but −∞ has no gradient.
 _NOTHING = -1e30
+_APART = 1e-2  # of an embedding's own square: by what steps give way where two can hardly be told apart
 
 
 def spalm_memory(
@@ -59,12 +60,19 @@ def spalm_state(hidden: Tensor, memory: Tensor, gate: Tensor, present: Tensor) -
 
 
 def steering(
-    log_odds: Tensor, log_shares: Tensor, tokens: Tensor, present: Tensor, log_probs: Tensor, embeddings: Tensor
+    log_odds: Tensor,
+    log_shares: Tensor,
+    tokens: Tensor,
+    present: Tensor,
+    log_probs: Tensor,
+    embeddings: Tensor,
+    metric: Tensor,
 ) -> Tensor:
-    """Return Σ_y b_y e(y) over the distinct next tokens y, b_y = log(1 + λ / (1 − λ) · q(y) / p_LM(y)).
+    """Return the change of a state that raises the logit of each neighbor's next token y by
+    b_y = log(1 + λ / (1 − λ) · q(y) / p_LM(y)), and all logits together, by least squares, as little as that allows.
 
-    If a step along e(y) changed the logit of y by b_y and no other, softmax would turn p_LM(y) into
-    (p_LM(y) + λ / (1 − λ) q(y)) / Z: interpolation with weight λ.
+    If no other logit changed at all, softmax would turn p_LM(y) into (p_LM(y) + λ / (1 − λ) q(y)) / Z: interpolation
+    with weight λ. With E the embeddings of the distinct tokens, one a row, the change is A Eᵀ (E A Eᵀ)⁻¹ b.
 
     Args:
         log_odds: log λ / (1 − λ), shape (n,).
@@ -73,13 +81,19 @@ def steering(
         present: Bool, shape (n, k).
         log_probs: log p_LM of those tokens, shape (n, k).
         embeddings: e of those tokens, shape (n, k, d).
+        metric: A, the inverse of WᵀW up to a factor, shape (d, d).
 
     Returns:
         Shape (n, d); 0 in rows without neighbors.
     """
-    same = (tokens[:, :, None] == tokens[:, None, :]) & present[:, None, :]  # (n, k, k)
-    shares = log_shares.exp().masked_fill(~present, 0.0)
-    log_q = (shares[:, None, :] * same).sum(dim=2).clamp_min(1e-30).log()  # (n, k): of each neighbor's token
-    steps = torch.nn.functional.softplus(log_odds[:, None] + log_q - log_probs.clamp_min(-30))
-    steps = steps / same.sum(dim=2).clamp_min(1) * present  # a token that comes more than once is one
-    return torch.einsum("nk,nkd->nd", steps, embeddings)
+    same = (tokens[:, :, None] == tokens[:, None, :]) & present[:, None, :] & present[:, :, None]  # (n, k, k)
+    first = present & ~same.tril(-1).any(dim=2)  # a token that comes more than once is one
+    log_q = (log_shares.exp().masked_fill(~present, 0.0)[:, None, :] * same).sum(dim=2).clamp_min(1e-30).log()
+    steps = torch.nn.functional.softplus(log_odds[:, None] + log_q - log_probs.clamp_min(-30)) * first  # b, (n, k)
+    distinct = embeddings * first[..., None]  # E
+    moved = distinct @ metric  # (n, k, d): E A
+    inner = moved @ distinct.transpose(1, 2)  # (n, k, k): E A Eᵀ
+    # a row that is none gets 1; the ridge keeps tokens apart whose embeddings are nearly the same
+    diagonal = inner.diagonal(dim1=1, dim2=2)
+    inner = inner + torch.diag_embed(torch.where(first, _APART * diagonal + 1e-12, 1.0))
+    return (torch.linalg.solve(inner, steps)[:, None, :] @ moved)[:, 0]

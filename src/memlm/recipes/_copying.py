@@ -1,4 +1,4 @@
-"""A small language model that begins as one that copies: what an attention memory needs, and minutes do not teach."""
+"""Small language models: one that begins as one that copies, which an attention memory needs, and a plain one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import SmolLM3Config, SmolLM3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from ..layers import AttentionMemories, memorize
 from ..training import StreamBatch
@@ -77,11 +77,6 @@ class CopyingLM(nn.Module):
         states = embed(batch.input_ids) + turned.masked_fill((batch.begins[:, None] & first)[..., None], 0.0)
         return self.lm(inputs_embeds=states, attention_mask=batch.known, use_cache=False).logits
 
-    def losses(self, batch: StreamBatch, before: Tensor) -> Tensor:
-        """Return the nats of every target, shape (rows, length); 0 for padding."""
-        logits = self(batch, before)
-        return nn.functional.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
-
     def remember(self, size: int, top_k: int, drop_off: str = "age") -> AttentionMemories:
         """Give the last layer a memory and queries and keys of length 1; a size of 0 gives it the latter alone."""
         memory = memorize(self.lm, [-1], size=size, top_k=top_k, normalize="l2", drop_off=drop_off if size else "none")
@@ -90,3 +85,41 @@ class CopyingLM(nn.Module):
         if size and drop_off == "age":
             added.forgetting.data.fill_(math.log(_FORGETTING))
         return memory
+
+
+class PlainLM(nn.Module):
+    """A Llama as it comes, to compare with; the arguments are those of `CopyingLM`."""
+
+    def __init__(
+        self, *, vocabulary: int, layers: int, width: int, feed_forward: int, heads: int, length: int, seed: int
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=feed_forward,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=length,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+        self.lm = LlamaForCausalLM(config)
+
+    def forward(self, batch: StreamBatch, before: Tensor) -> Tensor:
+        """Return logits, shape (rows, length, vocabulary); the token before is not looked at."""
+        return self.lm(input_ids=batch.input_ids, attention_mask=batch.known, use_cache=False).logits
+
+    def remember(self, size: int, top_k: int) -> AttentionMemories:
+        """Give the last layer a memory; a size of 0 changes nothing."""
+        return memorize(self.lm, [-1], size=size, top_k=top_k)
+
+
+def losses_of(model: CopyingLM | PlainLM, batch: StreamBatch, before: Tensor) -> Tensor:
+    """Return the nats of every target, shape (rows, length); 0 for padding."""
+    logits = model(batch, before)
+    return nn.functional.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")

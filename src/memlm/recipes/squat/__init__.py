@@ -13,16 +13,17 @@ from . import _rows as rows
 from ._sizes import FULL, TINY, Sizes
 
 ARMS = {
+    "deep-plain": "six layers, thin; a Llama as it comes, which begins with random weights",
     "deep": "six layers, thin; segments that see nothing of one another",
     "squat": "two layers, wide; segments that see nothing of one another",
     "squat-memory": "two layers, wide; the upper one remembers earlier segments of the document",
     "squat-long": "two layers, wide; segments eight times as long",
 }
 DESCRIPTION = """
-A “squat” language model has a long context and few parameters. Four Llamas of about equal parameters are trained on
+A “squat” language model has a long context and few parameters. Five Llamas of about equal parameters are trained on
 the same documents in the same order, as many tokens an update and as many updates; documents are read segment by
 segment, and a memory (Memorizing Transformers, Wu et al. 2022, arXiv:2203.08913, one softmax with local attention, a
-learned drop-off by age) is emptied where another document begins. All four begin as models that copy: every state
+learned drop-off by age) is emptied where another document begins. All but one begin as models that copy: every state
 holds the token before, and the last layer, which has no positions, looks where that was the present token. Training
 would find this, but not in minutes. Where segments are long, an update reads the next segments of a few of the
 documents in turn.
@@ -41,12 +42,17 @@ bootstrap of the seeds' mean over documents.
 
 
 def _claims() -> tuple[Claim, ...]:
-    deep, squat, memory, long = ARMS
+    plain, deep, squat, memory, long = ARMS
     return (
         Claim(
             text="Squat with memory beats deep and thin",
             lower=Place(memory, rows.ALL),
             higher=Place(deep, rows.ALL),
+        ),
+        Claim(
+            text="… also where that begins with random weights",
+            lower=Place(memory, rows.ALL),
+            higher=Place(plain, rows.ALL),
         ),
         Claim(
             text="Squat with memory beats squat without, on all tokens",

@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerFast
 from ...documents import Corpus
 from ...layers import AttentionMemories
 from ...training import StreamBatch, document_streams
-from .._copying import CopyingLM
+from .._copying import CopyingLM, PlainLM, losses_of
 from .._experiment import Measured, Row, Task
 from . import _rows as rows
 from ._sizes import Sizes
 
 _WARM, _FALLING = 0.05, 0.6  # shares of the steps in which the learning rate rises, and falls to zero
+DEEP = ("deep", "deep-plain")
 _TOGETHER = 2  # documents read side by side
 
 
@@ -67,10 +68,10 @@ def length_of(sizes: Sizes, arm: str) -> int:
     return sizes.long if arm == "squat-long" else sizes.length
 
 
-def new_model(sizes: Sizes, arm: str, seed: int) -> CopyingLM:
-    """Return a small model that copies; all else of it is random."""
-    deep = arm == "deep"
-    return CopyingLM(
+def new_model(sizes: Sizes, arm: str, seed: int) -> CopyingLM | PlainLM:
+    """Return a small model that copies, or a plain one; all else of it is random."""
+    deep = arm in DEEP
+    return (PlainLM if arm == "deep-plain" else CopyingLM)(
         vocabulary=sizes.vocabulary,
         layers=sizes.deep_layers if deep else sizes.layers,
         width=sizes.deep_width if deep else sizes.width,
@@ -82,7 +83,7 @@ def new_model(sizes: Sizes, arm: str, seed: int) -> CopyingLM:
 
 
 def train(
-    model: CopyingLM,
+    model: CopyingLM | PlainLM,
     memory: AttentionMemories,
     arm: str,
     documents: Sequence[np.ndarray],
@@ -100,7 +101,7 @@ def train(
     batches = _batches(documents, sizes, length, seed)
     for batch, before in itertools.islice(batches, sizes.steps):
         memory.reset(batch.begins)
-        model.losses(batch, before).sum().div((batch.targets >= 0).sum()).backward()
+        losses_of(model, batch, before).sum().div((batch.targets >= 0).sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -133,7 +134,7 @@ def _endless(documents: Sequence[np.ndarray], seed: int) -> Iterator[np.ndarray]
 
 @torch.no_grad()
 def read(
-    model: CopyingLM,
+    model: CopyingLM | PlainLM,
     memory: AttentionMemories,
     documents: Sequence[np.ndarray],
     length: int,
@@ -159,7 +160,7 @@ def read(
             if way == "empty":
                 memory.reset()
             with memory.reading_from([*range(len(pair))][::-1]) if way == "other" else nullcontext():
-                losses = model.losses(batch, before)
+                losses = losses_of(model, batch, before)
             before = batch.input_ids[:, -1:]
             for row, part in enumerate(parts):
                 part.append(losses[row][batch.targets[row] >= 0].double().numpy())
@@ -189,6 +190,6 @@ def _row(losses: Sequence[np.ndarray], chosen: Sequence[np.ndarray]) -> Row:
 
 def state_bytes(sizes: Sizes, arm: str) -> int:
     """Return the bytes of keys and values that must be kept of one text, float32."""
-    layers, width = (sizes.deep_layers, sizes.deep_width) if arm == "deep" else (sizes.layers, sizes.width)
+    layers, width = (sizes.deep_layers, sizes.deep_width) if arm in DEEP else (sizes.layers, sizes.width)
     remembered = sizes.memory if arm == "squat-memory" else 0
     return 2 * 4 * width * (layers * length_of(sizes, arm) + remembered)
