@@ -107,7 +107,7 @@ def measure(lm: Any, memory: memlm.Datastore, data: Path, corpus: str, tokens: i
 def everything(memory: memlm.Datastore, queries: np.ndarray) -> Found:
     """Search for every target, in the batches of `evaluate`."""
     parts = [memory.lookup(queries[start : start + (1 << 13)], K) for start in range(0, len(queries), 1 << 13)]
-    return Found(*(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)))
+    return Found.joined(parts)
 
 
 def table(results: dict[str, Any]) -> str:

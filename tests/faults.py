@@ -61,6 +61,11 @@ def compress(path):
     Datastore(path).compress(4, **QUIET)
 
 
+def prune(path):
+    if Datastore(path).counts is None:  # of what is left, more could be merged
+        Datastore(path).prune(60, **QUIET)
+
+
 def merge(path):
     Datastore(path).merge(path.parent / "other", replace=True, **QUIET)
 
@@ -83,7 +88,7 @@ def sweep_early(self, path):
 
 CARELESS = {"name_early": ("build", name_early), "sweep_early": ("compact", sweep_early)}
 PUBLISH = Manifest.publish
-OPERATIONS = {function.__name__: function for function in (build, add, remove, compact, compress, merge)}
+OPERATIONS = {function.__name__: function for function in (build, add, remove, compact, compress, prune, merge)}
 CALLS = [
     (os, "fsync"),
     (os, "mkdir"),

@@ -29,6 +29,7 @@ VERBS = [
     "merge",
     "compact",
     "compress",
+    "prune",
     "history",
     "rollback",
     "verify",

@@ -49,7 +49,7 @@ def newer(memory):
             "documents.jsonl does not match its checksum",
         ),
         (lambda memory: (memory / KEYS).unlink(), "keys.safetensors is missing; restore it from a copy or build again"),
-        (newer, "memory has format version 99; this memlm reads up to 3: install a newer memlm"),
+        (newer, "memory has format version 99; this memlm reads up to 4: install a newer memlm"),
         (lambda memory: flip(current(memory), 99), "manifest-000002.json is not a sound manifest"),
         (
             lambda memory: current(memory).unlink(),

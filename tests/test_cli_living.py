@@ -127,6 +127,44 @@ def test_a_condition_that_is_no_json_is_a_text(world, place):
     assert result_of("remove", "memory", "--where", "note=1.0")["removed"] == ["b"]
 
 
+def test_entries_are_merged(world, place):
+    before, whole = documents(), len(Datastore("memory"))
+    (place / "test.txt").write_text(TEXTS["test/one.txt"])
+    dry = run("prune", "memory", "--neighbors", "20", "--dry-run")
+    assert re.match(r"memory: \d+ of \d+ entries would be merged into others; now \d+ entries of 3", dry.out), dry
+    assert len(Datastore("memory")) == whole
+    shown = run("prune", "memory", "--neighbors", "20")
+    assert shown.code == 0, shown.err
+    assert re.match(r"memory: \d+ of \d+ entries merged into others, [\d.]+ kB → [\d.]+ kB; now \d+ entr", shown.out)
+    assert dry.out.split()[1] == shown.out.split()[1] != "0"
+    assert "finding what is alike" in shown.err
+    assert "copying" in shown.err
+    assert documents() == before
+    left = result_of("info", "memory")
+    assert left["entries"] + left["merged"] == whole
+    assert "more, which these stand for" in run("info", "memory").out
+    assert result_of("add", world.model, "memory", "new.txt")["documents"] == 4
+    for command in (
+        ("eval", world.model, "memory", "test.txt", *SETTINGS),
+        ("explain", world.model, "memory", "The cat was", *SETTINGS),
+        ("generate", world.model, "memory", "The cat was", *SETTINGS, "--max-new-tokens", "3"),
+        ("overlap", world.model, "memory", "test.txt"),
+        ("doctor", "memory", "--model", world.model),
+        ("tune", world.model, "memory", world.texts / "valid", "--mixture", "auto"),
+    ):
+        done = run(*command)
+        assert done.code == 0, (command, done.err)
+    assert run("verify", "memory").out == "memory: sound\n"
+    shutil.rmtree("memory")
+    shutil.copytree(world.memory, "memory")
+    options = ("--neighbors", "20", "--distance", "1e9", "--seed", "3", "--index", "IVF2,Flat")
+    result = result_of("prune", "memory", *options)
+    assert result["merged"] + result["entries"] == whole
+    assert Datastore("memory").index.details["factory"] == "IVF2,Flat"
+    again = result_of("prune", "memory", "--neighbors", "0")
+    assert (again["merged"], again["version"], again["dry_run"]) == (0, result["version"], False)
+
+
 def test_verify_finds_damage(place):
     data = bytearray((place / "memory" / KEYS).read_bytes())
     data[-1] ^= 1
@@ -152,6 +190,11 @@ def test_verify_finds_damage(place):
         (["compress", "memory", "--width", "33"], "width is 33; expected 1 to 32, the numbers in a key"),
         (["compress", "memory", "--keys", "int4"], "key type is 'int4'; expected int8 or float16"),
         (["compress", "memory", "--index", "nonsense"], "FAISS does not take 'nonsense'"),
+        (["prune", "nowhere"], "nowhere holds no datastore"),
+        (["prune", "memory", "--neighbors", "-1"], "neighbors is -1; expected 0 (only equal keys) to 4,096"),
+        (["prune", "memory", "--distance", "nan"], "distance is nan; expected a squared distance of at least 0"),
+        (["prune", "memory", "--distance", "-1"], "distance is -1.0; expected a squared distance of at least 0"),
+        (["prune", "memory", "--index", "nonsense"], "FAISS does not take 'nonsense'"),
         (["audit", "nowhere", "a"], "nowhere holds no datastore"),
         (["history", "nowhere"], "nowhere holds no datastore"),
         (["audit", "memory", "a", "--text", "nowhere.txt"], "nowhere.txt"),

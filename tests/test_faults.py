@@ -23,7 +23,7 @@ def run(operation, kills, seed, folder):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("operation", ["build", "add", "remove", "compact", "compress", "merge"])
+@pytest.mark.parametrize("operation", ["build", "add", "remove", "compact", "compress", "prune", "merge"])
 def test_a_killed_writer_loses_nothing_that_was_committed(tmp_path, operation):
     done = run(operation, KILLS, 0, tmp_path)
     assert done.returncode == 0, done.stderr

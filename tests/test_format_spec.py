@@ -22,7 +22,7 @@ def read_manifest(folder):
     others = {name: value for name, value in content.items() if name != "sha256"}
     text = json.dumps(others, sort_keys=True, separators=(",", ":"))
     assert content["sha256"] == sha256(text.encode("ascii")).hexdigest() == pointer["sha256"]
-    assert (content["format"], content["format_version"]) == ("memlm-datastore", 3)
+    assert (content["format"], content["format_version"]) == ("memlm-datastore", 4)
     assert content["version"] == pointer["version"]
     return content
 
@@ -88,6 +88,37 @@ def test_a_reader_written_from_the_page(key_dtype, index, tiny_lm, documents, tm
             for i in {0, min(5, len(ids) - 2), len(ids) - 2}:
                 np.testing.assert_allclose(keys[start + i], key_at(lm, manifest, ids, i), rtol=0.01, atol=0.01)
     assert next(stored, None) is None
+
+
+def test_a_reader_of_pruned_documents_written_from_the_page(tiny_lm, documents, tmp_path):
+    lm, folder = tiny_lm(context=6, stride=5), tmp_path / "memory"
+    memory = Datastore.build(lm, documents, folder, segment_entries=80, show_progress=False)
+    whole, merged = len(memory), memory.prune(20)
+    memory.add(lm, [type(documents[0])("new", "the new one")])
+    manifest, left = read_manifest(folder), 0
+    for part in manifest["segments"]:
+        raw = {name: (folder / "segments" / part["name"] / name).read_bytes() for name in part["files"]}
+        tensors = read_tensors(raw["entries.safetensors"]) | read_tensors(raw["keys.safetensors"])
+        assert ("positions" in tensors) == ("counts" in tensors)
+        for d in range(part["details"]["documents"]):
+            start, stop = tensors["entry_starts"][d : d + 2]
+            line = json.loads(raw["documents.jsonl"][slice(*tensors["text_starts"][d : d + 2])])
+            text = lm.tokenizer(line["text"], add_special_tokens=False, return_offsets_mapping=True)
+            ids = [manifest["tokenizer"]["start"], *text["input_ids"], manifest["tokenizer"]["end"]]
+            spans = [*map(list, text.offset_mapping), [len(line["text"])] * 2]
+            ones = {"positions": np.arange(stop - start), "counts": np.ones(stop - start, int)}
+            positions, counts = (tensors.get(name, ones[name])[start:stop].tolist() for name in ones)
+            if line["id"] == "new":
+                assert "counts" not in tensors
+                continue
+            assert positions == sorted(set(positions))
+            assert (min(counts), sum(counts)) == (1, len(ids) - 1)
+            assert tensors["values"][start:stop].tolist() == [ids[i + 1] for i in positions]
+            assert tensors["spans"][start:stop].tolist() == [spans[i] for i in positions]
+            for entry, i in list(enumerate(positions, int(start)))[::9]:
+                np.testing.assert_allclose(tensors["keys"][entry], key_at(lm, manifest, ids, i), rtol=0.01, atol=0.01)
+            left += stop - start
+    assert left == whole - merged < whole - 10
 
 
 @pytest.mark.parametrize(("key_dtype", "width"), [("int8", 20), ("float16", 32)])

@@ -22,7 +22,7 @@ ALLOWED = {
     "evidence": set(),
     "mixtures": EVERYWHERE | {"ops"},
     "index": EVERYWHERE | {"neighbors", "datastore"},
-    "datastore": EVERYWHERE | {"neighbors", "documents", "index"},
+    "datastore": EVERYWHERE | {"neighbors", "documents", "index", "ops"},
     "models": EVERYWHERE | {"cache", "documents", "ops"},
     "sharing": EVERYWHERE - {"evidence", "tensors"} | {"datastore"},
     "layers": EVERYWHERE - {"evidence"} | {"ops", "models"},

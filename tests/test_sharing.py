@@ -18,6 +18,7 @@ from fake_encoder import FakeEncoder, random_documents
 from hub_server import Repository, serving
 from memlm import Datastore
 from memlm.datastore import verify
+from memlm.datastore._manifest import FORMAT_VERSION
 from memlm.errors import ConfigError, HubError
 from memlm.sharing import pull, push
 from test_parquet import content
@@ -254,7 +255,7 @@ def test_a_newer_format_is_told_from_damage(hub, place):
     ((name, data),) = held.items()
     hub.repositories[NAME].commit({name: json.dumps(json.loads(data) | {"format_version": 99}).encode() + b"\n"}, ())
     assert refused("pull", NAME, "again", place=place).startswith(
-        f"memlm: {NAME} has format version 99; this memlm reads up to 3: install a newer memlm"
+        f"memlm: {NAME} has format version 99; this memlm reads up to {FORMAT_VERSION}: install a newer memlm"
     )
 
 

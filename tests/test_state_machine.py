@@ -91,6 +91,12 @@ class Life(RuleBasedStateMachine):
         self.kept = {}
         self.changed()
 
+    @rule(neighbors=st.integers(0, 8), seed=st.integers(0, 3))
+    def prune(self, neighbors, seed):
+        if self.memory.prune(neighbors, seed=seed, segment_entries=self.entries, **QUIET):
+            self.kept = {}
+            self.changed()
+
     @rule(data=st.data())
     def rollback(self, data):
         version = data.draw(st.sampled_from(sorted(self.kept)))
@@ -125,10 +131,16 @@ class Life(RuleBasedStateMachine):
         found = {item["id"]: item for item in self.memory.documents()}
         assert {name: item["text"] for name, item in found.items()} == self.held
         assert self.memory.manifest == Manifest.load(self.memory.path)
-        assert len(self.memory) == sum(map(len, self.held.values()))
+        counts = np.ones(self.memory.slots, int) if self.memory.counts is None else self.memory.counts
         for name, text in self.held.items():
             first, stop = found[name]["entries"]
-            assert "".join(map(chr, self.memory.values[first:stop])) == text
+            positions = self.memory.positions(first, stop)
+            left = "".join(text[position] for position in positions)
+            assert "".join(map(chr, self.memory.values[first:stop])) == left
+            assert (len(set(positions)), counts[first:stop].sum()) == (len(positions), len(text))
+            for letter in set(text):  # whatever was merged, each value counts as often as it stands in the text
+                same = self.memory.values[first:stop] == ord(letter)
+                assert counts[first:stop][same].sum() == text.count(letter)
             assert self.memory.provenance(first).document == name
         if len(self.memory):
             self.search()

@@ -89,4 +89,4 @@ class Cache:
             )
         if not blocks:
             return Found.nothing(0, self.length)._replace(ages=torch.zeros((0, self.length), dtype=torch.int32))
-        return Found(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))  # type: ignore[arg-type]
+        return Found.joined(blocks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ SQUARED_L2, INNER_PRODUCT = METRICS = ("squared_l2", "inner_product")
 LATELY = 64  # tokens of the text that a mixture may look back at
 # Entries of one memory that a target may look at: what a mixture finds is a matrix of targets × entries
 MOST_ENTRIES = 1 << 20
+_Rows = TypeVar("_Rows", bound=tuple)
 _RIDGE = 1e-3  # of the mean square of a dimension: rows of few tokens do not span all dimensions
 
 
@@ -28,6 +29,8 @@ class Found(NamedTuple):
         present: Bool, shape (n, k); False where fewer than k were found.
         entries: Where they stand in the memory, int64, shape (n, k); a pass that is kept holds the first column alone.
         ages: Tokens since then, int64, shape (n, k), in a cache; None in a datastore.
+        log_counts: Log of how many entries each of them stands for, float32, shape (n, k), in a pruned datastore; None
+            where each stands for itself alone.
     """
 
     distances: Tensor
@@ -35,6 +38,7 @@ class Found(NamedTuple):
     present: Tensor
     entries: Tensor
     ages: Tensor | None = None
+    log_counts: Tensor | None = None
 
     @classmethod
     def nothing(cls, n: int, k: int) -> Found:
@@ -45,14 +49,25 @@ class Found(NamedTuple):
     def among(self, wanted: Tensor) -> Found:
         """Return as many rows as `wanted` (bool) has: these where it is True, in order, and nothing elsewhere."""
         whole = Found.nothing(len(wanted), self.tokens.shape[1])
-        for place, part in zip(whole[:4], self[:4], strict=True):
-            place[wanted] = part
+        if self.log_counts is not None:
+            whole = whole._replace(log_counts=torch.zeros(whole.tokens.shape))
+        for place, part in zip(whole, self, strict=True):
+            if place is not None and part is not None:
+                place[wanted] = part
         return whole
 
     def nearest(self, k: int) -> Found:
         """Return the first k neighbors of every target."""
-        ages = None if self.ages is None else self.ages[:, :k]
-        return Found(self.distances[:, :k], self.tokens[:, :k], self.present[:, :k], self.entries[:, :k], ages)
+        return self.each(lambda part: part[:, :k])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Found:
+        """Apply a function to every tensor."""
+        return Found(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Found]) -> Found:
+        """Put rows of one memory together, in the order given; there must be some."""
+        return _together(parts, torch.cat)
 
 
 class Belief(NamedTuple):
@@ -178,17 +193,18 @@ def join(parts: Sequence[Evidence]) -> Evidence:
 
 def join_beliefs(parts: Sequence[Belief]) -> Belief:
     """Put targets together, in the order given; there must be some."""
-    columns = list(zip(*parts, strict=True))
-    return Belief(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+    return _together(parts, torch.cat)
 
 
 def _each(parts: Sequence[Evidence], change: Callable[[list[Tensor]], Tensor]) -> Evidence:
     """Apply a function to every tensor of some evidence."""
-
-    def both(items: Sequence[NamedTuple]) -> list[Tensor | None]:
-        columns = zip(*items, strict=True)
-        return [None if any(part is None for part in column) else change(list(column)) for column in columns]
-
-    memories = [Found(*both(column)) for column in zip(*(part.memories for part in parts), strict=True)]  # type: ignore
+    memories = [_together(column, change) for column in zip(*(part.memories for part in parts), strict=True)]
     beliefs = [part.belief for part in parts if part.belief is not None]
-    return Evidence(tuple(memories), Belief(*both(beliefs)) if beliefs else None, parts[0].output)  # type: ignore
+    return Evidence(tuple(memories), _together(beliefs, change) if beliefs else None, parts[0].output)
+
+
+def _together(parts: Sequence[_Rows], change: Callable[[list[Tensor]], Tensor]) -> _Rows:
+    """Apply a function to every column of some parts, none of which has a column that another one lacks."""
+    columns = list(zip(*parts, strict=True))
+    assert all(len({item is None for item in column}) == 1 for column in columns), "a column would be lost"
+    return type(parts[0])(*(None if column[0] is None else change(list(column)) for column in columns))

@@ -30,6 +30,7 @@ from . import (
     _merge,
     _overlap,
     _parquet,
+    _prune,
     _recipes,
     _remove,
     _train,
@@ -50,6 +51,7 @@ app.command("remove")(_remove.remove)
 app.command("merge")(_merge.merge)
 app.command("compact")(_compact.compact)
 app.command("compress")(_compress.compress)
+app.command("prune")(_prune.prune)
 app.command("export")(_parquet.export)
 app.command("import")(_parquet.import_)
 app.command("push")(_hub.push)

@@ -94,11 +94,16 @@ def _recompute(memory: Any, model: str, count: int) -> dict[str, Any]:
     for number, stored in enumerate(memory.documents()):
         if number not in chosen:
             continue
-        first, _ = stored["entries"]
+        first, stop = stored["entries"]
+        kept = np.zeros(_SAMPLED_TOKENS, bool)
+        positions = memory.positions(first, stop)
+        kept[positions[positions < len(kept)]] = True
+        entries = first + kept.cumsum() - 1  # of each position that was not merged into another
         ids = lm.tokenize(Document(id=stored["id"], text=stored["text"])).ids[:_SAMPLED_TOKENS]
         for rows, keys in lm.keys([ids]):
-            old = memory.keys.gather_keys(rows.numpy() + first)
-            new = keys.float().cpu()
+            stored_too = torch.from_numpy(kept)[rows]
+            old = memory.keys.gather_keys(entries[rows[stored_too].numpy()])
+            new = keys.float().cpu()[stored_too]
             if memory.keys.codec is not None:
                 new = memory.keys.codec.decode(memory.keys.codec.encode(new))
             differences.append((old - new).norm(dim=1) / new.norm(dim=1).clamp_min(1e-12))

@@ -27,6 +27,7 @@ def _described(info: dict[str, Any]) -> str:
     lines = {
         "entries": f"{info['entries']:,} of {common.count(info['documents'], 'document')}",
         **({"deleted": f"{info['deleted']:,} entries, on the disk until `memlm compact`"} if info["deleted"] else {}),
+        **({"merged": f"{info['merged']:,} more, which these stand for"} if info["merged"] else {}),
         **({} if info["complete"] else {"unfinished": "the build was broken off; the same command goes on"}),
         "size": f"{decimal(info['bytes'])} in {common.count(info['segments'], 'segment')}",
         "made": f"{datetime.fromisoformat(info['created']):%Y-%m-%d %H:%M %Z}, version {info['version']}",

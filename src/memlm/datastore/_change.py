@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -129,6 +131,7 @@ def copy_documents(
     places: list[Place],
     advance: Any,
     encode: Callable[[Tensor], Tensor] | None = None,
+    counts: Sequence[npt.NDArray[np.uint32]] | None = None,
 ) -> Part:
     """Write a segment with copies of stored documents.
 
@@ -139,17 +142,25 @@ def copy_documents(
         places: Which of them.
         advance: Called with the number of entries copied.
         encode: Makes stored keys of the new kind of those that are there; None copies them as they are.
+        counts: Of each of the source's segments, how many entries each of its entries shall stand for; see
+            `Segment.stored`.
     """
-    stored = [source.segments[place.segment].stored(place.number) for place in places]
+    left = [None if counts is None else counts[place.segment] for place in places]
+    stored = [
+        source.segments[place.segment].stored(place.number, some) for place, some in zip(places, left, strict=True)
+    ]
 
     def keys() -> Iterator[tuple[Tensor, Tensor]]:
         start = 0
-        for place in places:
+        for place, some in zip(places, left, strict=True):
             segment: Segment = source.segments[place.segment]
-            for block in segment.keys[segment.rows(place.number)].split(_COPIED_TOGETHER):
+            rows = segment.rows(place.number)
+            for first in range(rows.start, rows.stop, _COPIED_TOGETHER):
+                part = slice(first, min(first + _COPIED_TOGETHER, rows.stop))
+                block = segment.keys[part] if some is None else segment.keys[part][torch.from_numpy(some[part] > 0)]
                 yield torch.arange(start, start + len(block)), block if encode is None else encode(block)
                 start += len(block)
-                advance(len(block))
+                advance(part.stop - part.start)
 
     return write_segment(path, manifest, stored, keys())
 

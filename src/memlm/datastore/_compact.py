@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from ..progress import progress
@@ -47,6 +48,7 @@ def rewrite(
     index_of: Callable[[Manifest], Part | None],
     encode: Callable[[Tensor], Tensor] | None = None,
     *,
+    counts: Sequence[npt.NDArray[np.uint32]] | None = None,
     segment_entries: int,
     show_progress: bool,
 ) -> None:
@@ -58,6 +60,7 @@ def rewrite(
         draft: The version, whose segments and index are still the earlier ones.
         index_of: As of `compact_segments`.
         encode: As of `copy_documents`.
+        counts: As of `copy_documents`.
         segment_entries: Entries a segment, about.
         show_progress: Show rate and time left on stderr.
     """
@@ -65,7 +68,7 @@ def rewrite(
     draft = replace(draft, parent=None, segments=(), index=None, corpus=_forgetting(draft.corpus, old))
     with progress("copying", entries, show=show_progress) as advance:
         for group in by_size(old, old, segment_entries):
-            part = copy_documents(path, draft, old, group, advance, encode)
+            part = copy_documents(path, draft, old, group, advance, encode, counts)
             draft = replace(draft, segments=(*draft.segments, part), kept={**draft.kept, **segment_used(draft)})
     kept = {**draft.kept, "oldest": draft.version, "first_segment": first, "first_index": draft.version}
     draft = replace(draft, kept=kept)

@@ -18,6 +18,7 @@ from ._fit_codec import check_codec
 from ._import import Export, import_documents
 from ._manifest import Manifest
 from ._part import Part
+from ._prune import check_pruning, merged, owners_of, prune_segments
 from ._version import Version
 from ._writing import writing
 
@@ -283,6 +284,62 @@ class Datastore(Version):
         )
         self.refresh()
 
+    def prune(
+        self,
+        neighbors: int = 8,
+        *,
+        distance: float | None = None,
+        seed: int = 0,
+        dry_run: bool = False,
+        index: str | None = None,
+        segment_entries: int = SEGMENT_ENTRIES,
+        show_progress: bool = False,
+    ) -> int:
+        """Merge entries of a document that are alike into one that counts for all of them (He et al. 2021).
+
+        Entries with the same value and the same key become one. Then, in a random order, each entry takes in those of
+        its nearest neighbors that have its value, belong to its document, and have neither been taken in nor taken in
+        others. What an entry counts for multiplies its weight in p_kNN. No entry counts for one of another document, so
+        removing a document goes on to remove all that it contributed, and nothing else.
+
+        Everything deleted leaves the disk, as by `compact`, and so do the merged entries: only building again brings
+        them back. Documents that are added later are not pruned. Mixtures want to be fitted again.
+
+        Args:
+            neighbors: Nearest entries, in the whole datastore, among which each looks; 0 merges equal keys alone, and
+                leaves p_kNN as it is (over all neighbors: among the k nearest there is room for others).
+            distance: Largest squared distance between what is merged; None for any.
+            seed: Of the order.
+            dry_run: Only count.
+            index: "auto", "exact" or a FAISS factory string; None keeps the kind of index.
+            segment_entries: Entries a segment, about.
+            show_progress: Show rate and time left on stderr.
+
+        Returns:
+            How many entries were merged into others; where there are none, no version is written.
+
+        Raises:
+            ConfigError: A number cannot be, or keys are searched by inner product and `neighbors` is not 0.
+            DatastoreError: Another process writes, or the disk is full; nothing has changed then.
+        """
+        self.refresh()
+        check_pruning(neighbors, distance, seed, self.metric)
+        before = self.manifest.index
+        check_factory(index or "auto", self.keys.width, self.metric)
+        if dry_run:
+            return merged(owners_of(self, neighbors, distance, seed, show_progress=show_progress))
+        gone = prune_segments(
+            self.path,
+            _indexing(self.path, index or (before.details["factory"] if before else "auto"), show_progress),
+            neighbors=neighbors,
+            distance=distance,
+            seed=seed,
+            segment_entries=segment_entries,
+            show_progress=show_progress,
+        )
+        self.refresh()
+        return gone
+
     def rollback(self, version: int) -> None:
         """Publish what an earlier version held as a new version.
 
@@ -302,7 +359,8 @@ class Datastore(Version):
         """Export all documents of this version into one Parquet file, a row each; what was removed is left out.
 
         Columns: `id`, `text`, `metadata` (as JSON), `values` (token ids of the entries), `spans` (where these tokens
-        stand in the text, in characters), and `keys`. What the datastore is bound to is in the file's metadata.
+        stand in the text, in characters), `positions` and `counts` where some are pruned, and `keys`. What the
+        datastore is bound to is in the file's metadata.
 
         Args:
             file: To make; must not exist.

@@ -30,7 +30,7 @@ def export_documents(version: Version, file: Path, *, keys: bool, show_progress:
             "the keys are compressed, and an export has them as the model gave them; export without keys, or share the "
             "folder (`memlm push`)"
         )
-    columns = schema(manifest.keys if keys else None)
+    columns = schema(manifest.keys if keys else None, pruned=version.counts is not None)
     settings = {
         "compression": {"id": "zstd", "text": "zstd", "metadata": "zstd", "values.list.element": "zstd"},
         "use_dictionary": False,
@@ -52,7 +52,7 @@ def export_documents(version: Version, file: Path, *, keys: bool, show_progress:
 
 
 def _row_bytes(keys: dict[str, Any] | None) -> int:
-    """Return the bytes of an entry."""
+    """Return the bytes of an entry, about."""
     return 12 + (0 if keys is None else 2 * keys["width"])
 
 
@@ -102,6 +102,9 @@ def _table(pa: Any, columns: Any, segment: Segment, group: list[int]) -> Any:
         "values": lists("values", [segment.values[item].astype(np.uint32) for item in rows]),
         "spans": lists("spans", [segment.spans[item] for item in rows]),
     }
+    if "counts" in columns.names:
+        left = [segment.pruned(number) for number in group]
+        arrays |= {name: lists(name, [getattr(item, name) for item in left]) for name in ("positions", "counts")}
     if "keys" in columns.names:
         bits = [segment.keys[item].view(torch.int16).numpy() for item in rows]
         kind = np.float16 if columns.field("keys").type.value_type.value_type == pa.float16() else np.uint16

@@ -22,11 +22,13 @@ from ..text import count
 from ._manifest import Manifest
 from ._parquet import NAME, arrow, checked_settings, schema
 from ._part import Part
+from ._pruned import Pruned
 from ._segment import Stored
 from ._writing import segment_used, write_segment
 
 _TEXTS = ["id", "text", "metadata"]
 _ENTRIES = [*_TEXTS, "values", "spans"]
+_PRUNED = ["positions", "counts"]
 
 
 class Export:
@@ -61,7 +63,8 @@ class Export:
             self.documents: int = settings["documents"]
             self.entries: int = settings["entries"]
             self.has_keys = "keys" in self._file.schema_arrow.names
-            expected = schema(self.manifest.keys if self.has_keys else None)
+            self._pruned = "counts" in self._file.schema_arrow.names
+            expected = schema(self.manifest.keys if self.has_keys else None, pruned=self._pruned)
             for name in {*expected.names, *self._file.schema_arrow.names}:
                 if name not in self._file.schema_arrow.names or name not in expected.names:
                     raise ValueError(f"it has the columns {self._file.schema_arrow.names}")
@@ -90,12 +93,14 @@ class Export:
     def stored(self, group: int) -> list[Stored]:
         """Return the documents of a row group as a segment holds them."""
         with self._reading():
-            columns = self._read(group, _ENTRIES)
+            columns = self._read(group, [*_ENTRIES, *(_PRUNED if self._pruned else [])])
             lengths = np.diff(columns["values"].offsets.to_numpy())
-            if not np.array_equal(lengths, np.diff(columns["spans"].offsets.to_numpy())):
-                raise ValueError("it has documents with other numbers of values and of spans")
+            for name in columns.keys() - {*_TEXTS}:
+                if not np.array_equal(lengths, np.diff(columns[name].offsets.to_numpy())):
+                    raise ValueError(f"it has documents with other numbers of values and of {name}")
             values = columns["values"].flatten().to_numpy()
             spans = columns["spans"].flatten().flatten().to_numpy().reshape(-1, 2)
+            left = [columns[name].flatten().to_numpy() for name in _PRUNED] if self._pruned else None
             size = self.manifest.tokenizer["vocab_size"]
             if values.max(initial=0) >= max(1, size):
                 raise ValueError(f"it has the token id {values.max()}; expected ids below {size}")
@@ -106,7 +111,10 @@ class Export:
                 mine = spans[start:stop]
                 if mine.max(initial=0) > len(document.text) or (mine[:, 0] > mine[:, 1]).any():
                     raise ValueError(f"entries of {document.id!r} lie outside its text")
-                rows.append(Stored.with_entries(document, values[start:stop], mine))
+                pruned = None if left is None else Pruned(*(part[start:stop] for part in left))
+                if pruned is not None and not pruned.sound:
+                    raise ValueError(f"entries of {document.id!r} are not in order")
+                rows.append(Stored.with_entries(document, values[start:stop], mine, pruned))
             return rows
 
     def keys(self, group: int, entries: int) -> Tensor:

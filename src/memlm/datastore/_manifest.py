@@ -16,7 +16,7 @@ from ..files import write_json
 from ._part import CODEC_FILE, FILE_FIELDS, SEGMENT_FILES, Part, check_deleted, check_fields, check_inside, part_of
 
 FORMAT = "memlm-datastore"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CURRENT = "current.json"
 KEY_TYPES = ("float16", "bfloat16")  # in which the keys of a model are stored
 CODED_TYPES = ("int8", "float16")  # in which compressed ones are

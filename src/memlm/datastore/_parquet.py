@@ -1,7 +1,8 @@
 """Exports: the documents of a datastore as one Parquet file, and what they are bound to in its metadata.
 
 One row a document: `id`, `text`, `metadata` (JSON), `values` (token ids of its entries) and `spans` (where these tokens
-stand in the text), and in an export with keys `keys`. Parquet has no bfloat16: such keys are written as their bits.
+stand in the text), in an export of a pruned datastore `positions` and `counts` (which entries are left, and how many
+each stands for), and in an export with keys `keys`. Parquet has no bfloat16: such keys are written as their bits.
 """
 
 from __future__ import annotations
@@ -50,11 +51,12 @@ def arrow() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def schema(keys: dict[str, Any] | None) -> Any:
+def schema(keys: dict[str, Any] | None, *, pruned: bool) -> Any:
     """Return the columns of an export.
 
     Args:
         keys: "dtype" and "width" of the keys; None in an export without.
+        pruned: Whether some of its documents are.
     """
     pa, _ = arrow()
 
@@ -69,6 +71,8 @@ def schema(keys: dict[str, Any] | None) -> Any:
         "values": rows(pa.uint32()),
         "spans": rows(pa.uint32(), 2),
     }
+    if pruned:
+        columns |= {"positions": rows(pa.uint32()), "counts": rows(pa.uint32())}
     if keys is not None:
         columns["keys"] = rows(pa.float16() if keys["dtype"] == "float16" else pa.uint16(), keys["width"])
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])

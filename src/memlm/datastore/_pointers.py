@@ -5,7 +5,8 @@ A neighbor whose value is the token that really came next points to the entry af
 enough pointers remain, they are the next neighbors and nothing is searched. Otherwise a search is made, and the k
 nearest of what it found and of the pointers are the neighbors. Two differences from the paper: an entry that is both
 found and pointed to counts once (there, twice on purpose), since a mixture is over a set of neighbors; and no more than
-k are kept, so that pointers beside an exact search change nothing: they add what an approximate one misses.
+k are kept, so that pointers beside an exact search change nothing: they add what an approximate one misses. In a pruned
+datastore an entry points nowhere where the one after it was merged into another.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def _follow_pointers(
     agrees = found.present[rows - 1] & (memory.values[before] == targets[rows - 1, None])
     lines, places = agrees.nonzero()
     entries = before[lines, places]
-    allowed = ~memory.last_of_document[entries]
+    allowed = memory.followed[entries]
     entries += 1
     if exclude is not None:
         first, stop = exclude[rows[lines]].T

@@ -18,6 +18,7 @@ from ..documents import Document
 from ..errors import CorpusError, DatastoreCorrupt, KeyOverflow, ModelError, ShapeError
 from ..tensors import Layout, create_tensors, map_bytes, open_tensors
 from ._part import Part
+from ._pruned import Pruned
 
 STORED_TYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16), "int8": ("I8", torch.int8)}
 
@@ -36,6 +37,7 @@ class Stored(NamedTuple):
         text_sha256: Digest of its text, 32 bytes.
         values: Token ids of its entries, shape (entries,).
         spans: Character offsets of its entries, shape (entries, 2).
+        pruned: Which of its entries these are, and what was merged into them.
     """
 
     line: bytes
@@ -43,6 +45,7 @@ class Stored(NamedTuple):
     text_sha256: bytes
     values: npt.NDArray[Any]
     spans: npt.NDArray[Any]
+    pruned: Pruned
 
     @classmethod
     def of(cls, item: Any, vocab_size: int) -> Stored:
@@ -61,12 +64,22 @@ class Stored(NamedTuple):
         return cls.with_entries(document, ids[1:], item.spans[1:])
 
     @classmethod
-    def with_entries(cls, document: Document, values: npt.NDArray[Any], spans: npt.NDArray[Any]) -> Stored:
-        """Return a document with the values and spans of its entries in this form; raises CorpusError as `of`."""
+    def with_entries(
+        cls, document: Document, values: npt.NDArray[Any], spans: npt.NDArray[Any], pruned: Pruned | None = None
+    ) -> Stored:
+        """Return a document with the values and spans of its entries in this form; raises CorpusError as `of`.
+
+        Args:
+            document: The document.
+            values: Token ids, shape (entries,).
+            spans: Character offsets, shape (entries, 2).
+            pruned: What pruning left of its entries; None if it was not pruned.
+        """
         digest = sha256(document.text)
         row = {"id": document.id, "sha256": digest.hex(), "metadata": plain_metadata(document)}
         line = json.dumps({**row, "text": document.text}, ensure_ascii=True).encode() + b"\n"
-        return cls(line, sha256(document.id), digest, values, spans)
+        pruned = Pruned.none(len(values)) if pruned is None else pruned
+        return cls(line, sha256(document.id), digest, values, spans, pruned)
 
 
 class SegmentWriter:
@@ -98,12 +111,17 @@ class SegmentWriter:
             "ids": ("U8", (self.documents, 32)),
             "texts": ("U8", (self.documents, 32)),
         }
+        if not all(item.pruned.whole for item in documents):
+            layout |= {"positions": ("U32", (self.entries,)), "counts": ("U32", (self.entries,))}
         maps = create_tensors(folder / "entries.safetensors", layout)
         maps["entry_starts"][:] = np.cumsum([0, *counts])
         maps["text_starts"][:] = np.cumsum([0, *(len(item.line) for item in documents)])
         for number, (item, start) in enumerate(zip(documents, maps["entry_starts"], strict=False)):
-            maps["values"][start : start + len(item.values)] = item.values
-            maps["spans"][start : start + len(item.values)] = item.spans
+            rows = slice(start, start + len(item.values))
+            maps["values"][rows] = item.values
+            maps["spans"][rows] = item.spans
+            if "counts" in maps:
+                maps["positions"][rows], maps["counts"][rows] = item.pruned
             maps["ids"][number] = np.frombuffer(item.id_sha256, np.uint8)
             maps["texts"][number] = np.frombuffer(item.text_sha256, np.uint8)
         for array in maps.values():
@@ -172,6 +190,9 @@ class Segment:
         entry_starts: Int64, shape (documents + 1,): first entry of every document.
         ids: Digests of the documents' ids, uint8, shape (documents, 32).
         texts: Digests of their texts, uint8, shape (documents, 32).
+        positions: Of the entries in their documents' sequences, uint32, shape (entries,); see `Pruned`.
+        counts: How many entries each of them stands for, uint32, shape (entries,), mapped; None where none is pruned,
+            and each stands for itself.
     """
 
     def __init__(self, folder: Path, part: Part, *, key_dtype: str, key_width: int, value_dtype: str) -> None:
@@ -191,6 +212,8 @@ class Segment:
             "texts": ("uint8", (self.documents, 32)),
             "keys": (kind, (self.entries, key_width)),
         }
+        if "counts" in arrays or "positions" in arrays:
+            expected |= {"positions": ("uint32", (self.entries,)), "counts": ("uint32", (self.entries,))}
         if {name: (array.dtype.name, array.shape) for name, array in arrays.items()} != expected:
             raise DatastoreCorrupt(f"{self.folder} holds other tensors than its manifest says; build again")
         ends = {"entry_starts": self.entries, "text_starts": len(self._lines)}
@@ -205,6 +228,18 @@ class Segment:
         self.ids: np.ndarray = arrays["ids"]
         self.texts: np.ndarray = arrays["texts"]
         self._text_starts: np.ndarray = np.asarray(arrays["text_starts"])
+        self.counts: np.ndarray | None = arrays.get("counts")
+        self._positions: np.ndarray | None = arrays.get("positions")
+        if self.counts is not None and not self.counts.all():
+            raise DatastoreCorrupt(f"{self.folder} has entries that stand for none; build again")
+
+    @property
+    def positions(self) -> npt.NDArray[np.uint32]:
+        """See the class."""
+        if self._positions is not None:
+            return self._positions
+        starts = np.repeat(self.entry_starts[:-1], np.diff(self.entry_starts))
+        return (np.arange(self.entries) - starts).astype(np.uint32)
 
     @cached_property
     def _by_id(self) -> _Digests:
@@ -237,11 +272,33 @@ class Segment:
             pass
         raise DatastoreCorrupt(f"{self.folder / 'documents.jsonl'} holds a line that is no document; build again")
 
-    def stored(self, number: int) -> Stored:
-        """Return a document in the form in which it can be written into another segment."""
-        rows = self.rows(number)
+    def stored(self, number: int, counts: npt.NDArray[np.uint32] | None = None) -> Stored:
+        """Return a document in the form in which it can be written into another segment.
+
+        Args:
+            number: Of the document.
+            counts: How many entries each entry of this segment shall stand for, shape (entries,); 0 leaves it out. None
+                leaves all as they are.
+        """
+        rows, pruned = self.rows(number), self.pruned(number)
+        values, spans = self.values[rows], self.spans[rows]
+        if counts is not None:
+            left = counts[rows] > 0
+            spans = np.array(spans)
+            # the white space that a tokenizer leaves out is found behind the token before, while that is there
+            alone = left[1:] & ~left[:-1] & (np.diff(pruned.positions.astype(np.int64)) == 1)
+            spans[1:, 0] = np.where(alone, np.minimum(spans[1:, 0], spans[:-1, 1]), spans[1:, 0])
+            pruned = Pruned(pruned.positions[left], counts[rows][left])
+            values, spans = values[left], spans[left]
         ids, texts = self.ids[number].tobytes(), self.texts[number].tobytes()
-        return Stored(self.line(number), ids, texts, self.values[rows], self.spans[rows])
+        return Stored(self.line(number), ids, texts, values, spans, pruned)
+
+    def pruned(self, number: int) -> Pruned:
+        """Return which of a document's entries are left, and what each of them stands for."""
+        rows = self.rows(number)
+        if self.counts is None or self._positions is None:
+            return Pruned.none(rows.stop - rows.start)
+        return Pruned(self._positions[rows], self.counts[rows])
 
     def rows(self, number: int) -> slice:
         """Return the entries of a document."""

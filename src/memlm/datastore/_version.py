@@ -62,6 +62,8 @@ class Version:
 
     Attributes:
         values: Token ids, shape (slots,).
+        counts: How many entries each of them stands for, uint32, shape (slots,); None where none is pruned, and each
+            stands for itself.
         keys: What the model saw at each entry.
         index: What searches.
 
@@ -85,10 +87,16 @@ class Version:
         values = np.concatenate([np.zeros(0, dtype), *(segment.values for segment in segments)])
         if values.max(initial=0) >= manifest.tokenizer["vocab_size"]:
             raise DatastoreCorrupt(f"{self.path} holds token ids outside its vocabulary; build again")
+        counts = None
+        if any(segment.counts is not None for segment in segments):
+            each = (np.ones(item.entries, np.uint32) if item.counts is None else item.counts for item in segments)
+            counts = np.concatenate(list(each))
         shown = self.__dict__.copy()
-        self.__dict__.pop("last_of_document", None)
+        for name in ("last_of_document", "followed"):
+            self.__dict__.pop(name, None)
         try:
             self.manifest, self.values, self._segments = manifest, values, segments
+            self.counts = counts
             self._directory = Directory(segments, manifest)
             width, dtype = manifest.keys["width"], manifest.keys["dtype"]
             self.keys = StoredKeys(segments, self._find_live(), width, dtype, manifest.metric, codec)
@@ -229,24 +237,29 @@ class Version:
         """Return neighbors with their values, as tensors."""
         tokens = self.values[found.entries].astype(np.int64)
         distances, present = torch.from_numpy(found.distances), torch.from_numpy(found.present)
-        return Found(distances, torch.from_numpy(tokens), present, torch.from_numpy(found.entries))
+        entries, log_counts = torch.from_numpy(found.entries), None
+        if self.counts is not None:
+            log_counts = torch.from_numpy(np.log(self.counts[found.entries], dtype=np.float32))
+        return Found(distances, torch.from_numpy(tokens), present, entries, log_counts=log_counts)
 
     def statistics(self) -> Tensor:
         """Return log(1 + frequency) and log(1 + fertility) of every token among the stored values.
 
         Frequency is how often another value follows it in its document, fertility how many different ones do. What a
         document ends with is followed by nothing, and what it starts with (the start token, or where there is none its
-        first token) is a value of no entry: neither is counted there.
+        first token) is a value of no entry: neither is counted there. In a pruned datastore, entries count as often as
+        they stand for others, but what followed those others is not known any more: fertility is then at least so much.
 
         Returns:
             float32, shape (vocabulary, 2).
         """
         size = self.manifest.tokenizer["vocab_size"]
-        follows = ~self.last_of_document
-        places = np.flatnonzero(follows if self.live is None else follows & self.live)
+        live = True if self.live is None else self.live
+        some, places = (np.flatnonzero(follows & live) for follows in (~self.last_of_document, self.followed))
+        frequency = np.bincount(self.values[some], None if self.counts is None else self.counts[some], minlength=size)
         before, after = self.values[places].astype(np.int64), self.values[places + 1].astype(np.int64)
         pairs = np.unique(before * size + after)
-        counts = np.stack([np.bincount(before, minlength=size), np.bincount(pairs // size, minlength=size)], axis=1)
+        counts = np.stack([frequency, np.bincount(pairs // size, minlength=size)], axis=1)
         return torch.from_numpy(np.log1p(counts).astype(np.float32))
 
     def document_range(self, text: str) -> tuple[int, int]:
@@ -274,11 +287,11 @@ class Version:
         document = segment.document(place)
         text = document["text"]
         start, stop = (int(value) for value in segment.spans[row])
-        if row > segment.entry_starts[place]:
+        if entry and self.followed[entry - 1]:
             start = min(start, int(segment.spans[row - 1, 1]))  # white space that the tokenizer left out
         return Provenance(
             document=document["id"],
-            position=row - int(segment.entry_starts[place]),
+            position=int(segment.pruned(place).positions[row - segment.entry_starts[place]]),
             start=start,
             stop=stop,
             before=text[max(0, start - context) : start],
@@ -311,9 +324,29 @@ class Version:
             result[start + stop[first < stop] - 1] = True
         return result
 
+    @cached_property
+    def followed(self) -> npt.NDArray[np.bool_]:
+        """Whether the next number is that of the entry of the next token in the same document, deleted or not, shape
+        (slots,); False also where that was merged into another one.
+        """
+        result = ~self.last_of_document
+        for start, segment in zip(self._starts, self._segments, strict=False):
+            if segment.counts is not None and segment.entries:
+                result[start : start + segment.entries - 1] &= np.diff(segment.positions.astype(np.int64)) == 1
+        return result
+
+    def positions(self, first: int, stop: int) -> npt.NDArray[np.int64]:
+        """Return the places of a document's entries [from, to) in its sequence, rising: all, where it is not pruned."""
+        if first >= stop:
+            return np.zeros(0, np.int64)  # also behind the last segment
+        number = int(np.searchsorted(self._starts, first, side="right")) - 1
+        start = int(self._starts[number])
+        return self._segments[number].positions[first - start : stop - start].astype(np.int64)
+
     def info(self) -> dict[str, Any]:
         """Return numbers, sizes and settings, as plain values."""
         manifest = self.manifest
+        live = True if self.live is None else self.live
         return {
             "path": str(self.path),
             "version": manifest.version,
@@ -323,6 +356,7 @@ class Version:
             "bytes": sum(manifest.files.values()),
             "segments": len(manifest.segments),
             "deleted": manifest.slots - manifest.entries,
+            "merged": 0 if self.counts is None else int(self.counts.sum(where=live)) - len(self),
             "complete": manifest.complete,
             "encoder": manifest.encoder,
             "tokenizer": manifest.tokenizer,

@@ -53,8 +53,9 @@ def analyze(
     """Look at the test text by distance, frequency and overlap."""
     lm = held.lm_log_probs.double()
     gains = {name: (results[name].log_probs - lm).numpy() for name in _SHOWN}
-    values = memory.values if memory.live is None else memory.values[memory.live]
-    stored = np.bincount(values, minlength=memory.manifest.tokenizer["vocab_size"])[held.targets.numpy()]
+    live = slice(None) if memory.live is None else memory.live
+    counts = None if memory.counts is None else memory.counts[live]
+    stored = np.bincount(memory.values[live], counts, memory.manifest.tokenizer["vocab_size"])[held.targets.numpy()]
     decades = np.where(stored > 0, np.floor(np.log10(np.maximum(stored, 1))).astype(int), -1)
     shared = overlaps(memory, text, held.evidence.memories[0].entries[:, 0].numpy())
     return Analysis(
@@ -76,9 +77,10 @@ def overlaps(memory: Datastore, text: Text, entries: npt.NDArray[np.int64]) -> n
         entries: The nearest entry of each target, int64, shape (n,).
 
     Returns:
-        Int64, shape (n,), at most 8; a document's beginning ends the count on either side.
+        Int64, shape (n,), at most 8; a document's beginning ends the count on either side, and so
+        does what was merged into another entry.
     """
-    first = np.append(True, memory.last_of_document[:-1])
+    first = np.append(True, ~memory.followed[:-1])
     ids = np.concatenate(text.ids)
     lengths = np.array([len(document) for document in text.ids])
     starts = np.cumsum(lengths) - lengths

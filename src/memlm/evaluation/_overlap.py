@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..datastore import Datastore
+from ..documents import Document
 from ..errors import ConfigError
 from ..models import LanguageModel
 from ._retrieval import Text
@@ -62,7 +63,7 @@ def overlap(lm: LanguageModel, source: Any, memory: Datastore, *, n: int = 8) ->
     hashes = {name: _hashes(ids[1:].astype(np.uint64), n) for name, ids in zip(text.names, text.ids, strict=True)}
     wanted = np.unique(np.concatenate(list(hashes.values())))
     present = np.zeros(len(wanted), bool)
-    for stored in _stored_hashes(memory, n):
+    for stored in _stored_hashes(lm, memory, n):
         present |= np.isin(wanted, stored)
     known = wanted[present]
     hits = {name: np.isin(mine, known) for name, mine in hashes.items()}
@@ -88,12 +89,22 @@ def _hashes(ids: npt.NDArray[np.uint64], n: int) -> npt.NDArray[np.uint64]:
     return result
 
 
-def _stored_hashes(memory: Datastore, n: int) -> Iterator[npt.NDArray[np.uint64]]:
+def _stored_ids(lm: LanguageModel, memory: Datastore) -> Iterator[npt.NDArray[np.integer]]:
+    """Yield the token ids of every document; pruned ones lack some, so that their text is tokenized again."""
+    if memory.counts is None:
+        for first, stop in memory.entry_ranges():
+            yield memory.values[first:stop]
+    else:
+        for stored in memory.documents():
+            yield lm.tokenize(Document(stored["id"], stored["text"])).ids[1:]
+
+
+def _stored_hashes(lm: LanguageModel, memory: Datastore, n: int) -> Iterator[npt.NDArray[np.uint64]]:
     """Yield the hashes of many documents at a time; no n-gram crosses a document's end."""
     gathered: list[npt.NDArray[np.uint64]] = []
     size = 0
-    for first, stop in memory.entry_ranges():
-        gathered.append(_hashes(memory.values[first:stop].astype(np.uint64), n))
+    for ids in _stored_ids(lm, memory):
+        gathered.append(_hashes(ids.astype(np.uint64), n))
         size += len(gathered[-1])
         if size > 1 << 22:
             yield np.concatenate(gathered)

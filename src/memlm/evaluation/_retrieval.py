@@ -20,6 +20,7 @@ from ..documents import Corpus, Document, describe
 from ..errors import ConfigError, CorpusError
 from ..evidence import Belief, Evidence, Found, join_beliefs, read_lately
 from ..models import ScoredBatch, Scorer
+from ..neighbors import Neighbors
 from ..progress import progress
 from ..text import count
 
@@ -263,7 +264,7 @@ def _lookup(memory: Datastore, keys: Tensor, k: int, exclude: np.ndarray | None,
         return memory.lookup(keys.numpy(), k, exclude)
     exclude = None if exclude is None else exclude[asked.numpy()]
     if not asked.any():
-        return Found.nothing(len(keys), k)
+        return memory.with_values(Neighbors.empty(len(keys), k))
     return memory.lookup(keys[asked].numpy(), k, exclude).among(asked)
 
 
@@ -277,7 +278,7 @@ def _recall(cache: Cache, keys: Tensor, documents: list[np.ndarray], rows: Tenso
             tokens = torch.from_numpy(ids[:-1])
             parts.append(cache.recall(keys[start:end], tokens, max(first, start) - start, min(stop, end) - start))
         start = end
-    return Found(*(torch.cat(columns) for columns in zip(*parts, strict=True)))  # type: ignore[arg-type]
+    return Found.joined(parts)
 
 
 def _cut(batches: Iterable[ScoredBatch], together: int) -> Iterator[ScoredBatch]:

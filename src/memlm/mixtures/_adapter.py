@@ -61,7 +61,8 @@ class AdapterMixture(DatastoreMixture):
         found = evidence.memories[0].nearest(self.k)
         said = self.network(features(found, evidence.belief, self.temperature, self.k))
         weight, sharpness, tail = corrections(said, self.interpolation_weight)
-        shares = ops.adapted_log_weights(found.distances, found.present, self.temperature, sharpness, tail)
+        near, counts = (found.distances, found.present), found.log_counts
+        shares = ops.adapted_log_weights(*near, self.temperature, sharpness, tail, counts)
         return Mix((weight * found.present.any(dim=1))[:, None], (shares,))
 
     def curve(self) -> str:

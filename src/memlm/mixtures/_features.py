@@ -39,7 +39,7 @@ def features(found: Found, belief: Belief | None, temperature: float, k: int) ->
     """
     if belief is None:
         raise ConfigError("this mixture looks at the model's confidence; retrieve with beliefs=True")
-    distances, tokens, present = _in_order(found.nearest(k))
+    distances, tokens, present, log_counts = _in_order(found.nearest(k))
     n = len(distances)
     ranks = [min(rank, distances.shape[1]) - 1 for rank in _ranks(k)]
     # where a row ends early, its last neighbor stands for those that are missing
@@ -48,7 +48,7 @@ def features(found: Found, belief: Belief | None, temperature: float, k: int) ->
     near = distances.gather(1, places).masked_fill(~present.any(dim=1, keepdim=True), 0.0) / temperature
     near = torch.cat([near[:, :1], (near[:, 1:] - near[:, :1]).log1p()], dim=1)
 
-    shares = ops.knn_log_weights(distances, present, temperature=temperature)
+    shares = ops.knn_log_weights(distances, present, temperature=temperature, log_counts=log_counts)
     of_choice = shares.exp().mul(tokens == belief.top[:, None]).sum(dim=1)
     head = slice(0, _NEAREST)
     distinct = _distinct(tokens[:, head], present[:, head])  # (n, nearest)
@@ -74,13 +74,14 @@ def _ranks(k: int) -> list[int]:
     return sorted({*(1 << power for power in range(int(math.log2(k)) + 1)), k})
 
 
-def _in_order(found: Found) -> tuple[Tensor, Tensor, Tensor]:
-    """Return distances, tokens and presence, the nearest first; searches return them so already."""
+def _in_order(found: Found) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return distances, tokens, presence and log counts, the nearest first; searches return them so already."""
     distances = found.distances.masked_fill(~found.present, torch.inf)
     if bool((distances[:, 1:] >= distances[:, :-1]).all()):
-        return distances, found.tokens, found.present
+        return distances, found.tokens, found.present, found.log_counts
     distances, order = distances.sort(dim=1)
-    return distances, found.tokens.gather(1, order), found.present.gather(1, order)
+    counts = None if found.log_counts is None else found.log_counts.gather(1, order)
+    return distances, found.tokens.gather(1, order), found.present.gather(1, order), counts
 
 
 def _distinct(tokens: Tensor, present: Tensor) -> Tensor:

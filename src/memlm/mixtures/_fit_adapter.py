@@ -25,7 +25,7 @@ class Condensed(NamedTuple):
 
     Attributes:
         beyond: (d − d₁) / T, the mean of a group, shape (n, g).
-        counts: log of the neighbors in it, shape (n, g); −inf for none.
+        counts: log of the entries that these stand for, shape (n, g); −inf for none.
         beyond_right: The mean over those that carry the target, shape (n, g).
         counts_right: log of their number, shape (n, g); −inf for none.
     """
@@ -60,15 +60,16 @@ def condense(held: HeldOut, temperature: float, k: int) -> Condensed:
     parts = []
     for start in range(0, len(held), _BLOCK):
         rows = slice(start, start + _BLOCK)
-        present = found.present[rows].float()
+        counts = found.present[rows].float()  # (rows, k): entries that a neighbor stands for
+        counts = counts if found.log_counts is None else counts * found.log_counts[rows].exp()
         distances = found.distances[rows].masked_fill(~found.present[rows], torch.inf)
         nearest = distances.amin(dim=1, keepdim=True)
         beyond = ((distances - nearest) / temperature).masked_fill(~found.present[rows], 0.0)
-        right = present * (found.tokens[rows] == held.targets[rows, None])
+        right = counts * (found.tokens[rows] == held.targets[rows, None])
         columns = []
-        for mask in (present, right):
-            number = mask @ one_hot
-            columns += [(beyond * mask) @ one_hot / number.clamp_min(1), number.log()]
+        for weights in (counts, right):
+            number = weights @ one_hot
+            columns += [(beyond * weights) @ one_hot / number.clamp_min(1), number.log()]
         parts.append(columns)
     return Condensed(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 

@@ -67,7 +67,8 @@ def fit_spalm(held: HeldOut, base: KnnMixture, seed: int = 0, *, gates: int = 1)
     def losses(rows: Tensor) -> Tensor:
         states, present = hidden[rows], found.present[rows]
         open_to = torch.nn.functional.linear((states - mean) / scale, gate, bias).sigmoid()
-        memory, _ = ops.spalm_memory(states, layer.weight[found.tokens[rows]], present)
+        counts = None if found.log_counts is None else found.log_counts[rows]
+        memory, _ = ops.spalm_memory(states, layer.weight[found.tokens[rows]], present, counts)
         state = ops.spalm_state(states, size.exp() * memory, open_to, present)
         return torch.nn.functional.cross_entropy(layer.logits(state), held.targets[rows], reduction="none")
 

@@ -93,7 +93,8 @@ def log_likelihood(
 
 def _scores(found: Found, width: int, temperature: Tensor | float, forgetting: Tensor | float) -> Tensor:
     """Return the score of every entry, shape (n, k)."""
-    return ops.scaled_similarities(-found.distances, found.present, width, temperature, found.ages, forgetting)
+    near, ages = (-found.distances, found.present), found.ages
+    return ops.scaled_similarities(*near, width, temperature, ages, forgetting, found.log_counts)
 
 
 def _sample(held: HeldOut) -> HeldOut:

@@ -94,7 +94,9 @@ def memory_probabilities(found: Found, targets: Tensor, ks: list[int], temperatu
     for start in range(0, len(targets), _BLOCK):
         rows = slice(start, start + _BLOCK)
         distances = found.distances[rows]
-        scores = ((distances[:, :1] - distances) / temperature).exp().masked_fill(~found.present[rows], 0.0)
+        scores = (distances[:, :1] - distances) / temperature
+        scores = scores if found.log_counts is None else scores + found.log_counts[rows]
+        scores = scores.exp().masked_fill(~found.present[rows], 0.0)
         matching = scores * (found.tokens[rows] == targets[rows, None])
         result.append(up_to(matching) / up_to(scores).clamp_min(1e-300))
     return torch.cat(result)

@@ -200,8 +200,7 @@ class DatastoreMixture(Mixture):
         """See `Mixture.mix`."""
         evidence = evidence.nearest(self.ks)
         found = evidence.memories[0]
-        shares = ops.knn_log_weights(found.distances, found.present, temperature=self.temperature)
-        return Mix(self.weights(evidence)[:, None], (shares,))
+        return Mix(self.weights(evidence)[:, None], (knn_log_shares(found, self.temperature),))
 
 
 def _plain(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
@@ -236,6 +235,12 @@ def memory_likelihoods(log_shares: Sequence[Tensor], evidence: Evidence, targets
     pairs = zip(log_shares, memories, strict=True)
     columns = [ops.knn_target_log_probs(shares, found.tokens, targets) for shares, found in pairs]
     return torch.stack(columns, dim=1).exp()
+
+
+def knn_log_shares(found: Found, temperature: float) -> Tensor:
+    """Return the log of every neighbor's share in p_kNN, shape (n, k); see `ops.knn_log_weights`."""
+    counts = found.log_counts
+    return ops.knn_log_weights(found.distances, found.present, temperature=temperature, log_counts=counts)
 
 
 def nearest(found: Found) -> Tensor:

@@ -18,7 +18,7 @@ from .. import ops
 from ..errors import ConfigError
 from ..evidence import SQUARED_L2, Evidence, OutputEmbedding
 from ._features import features, names
-from ._mixture import Mix, Mixture, check_count, check_positive, check_weight
+from ._mixture import Mix, Mixture, check_count, check_positive, check_weight, knn_log_shares
 from ._network import Network
 
 _LOGITS = 1 << 25  # bytes of float32 logits alive at once
@@ -108,14 +108,14 @@ class SpalmMixture(StateMixture):
         """See `StateMixture.state`."""
         hidden, layer = state_of(evidence)
         found = evidence.nearest(self.ks).memories[0]
-        memory, _ = ops.spalm_memory(hidden, layer.weight[found.tokens], found.present)
+        memory, _ = ops.spalm_memory(hidden, layer.weight[found.tokens], found.present, found.log_counts)
         return ops.spalm_state(hidden, self.size * memory, self._gate(hidden), found.present)
 
     def mix(self, evidence: Evidence) -> Mix:
         """Return 1 − g (its mean over dimensions), and every neighbor's share of m."""
         hidden, layer = state_of(evidence)
         found = evidence.nearest(self.ks).memories[0]
-        log_shares = ops.spalm_memory(hidden, layer.weight[found.tokens], found.present)[1]
+        log_shares = ops.spalm_memory(hidden, layer.weight[found.tokens], found.present, found.log_counts)[1]
         weight = (1 - self._gate(hidden)).mean(dim=1) * found.present.any(dim=1)
         return Mix(weight[:, None], (log_shares,))
 
@@ -173,7 +173,7 @@ class SteeredMixture(StateMixture):
     def mix(self, evidence: Evidence) -> Mix:
         """Return λ and the shares in q."""
         found = evidence.nearest(self.ks).memories[0]
-        log_shares = ops.knn_log_weights(found.distances, found.present, temperature=self.temperature)
+        log_shares = knn_log_shares(found, self.temperature)
         weight = _log_odds(self._said(evidence), self.interpolation_weight).sigmoid().clamp_max(ops.LARGEST)
         return Mix((weight * found.present.any(dim=1))[:, None], (log_shares,))
 
@@ -198,7 +198,7 @@ def steered(said: Tensor, evidence: Evidence, interpolation_weight: float, tempe
     log_probs = torch.einsum("nkd,nd->nk", embeddings, hidden) - evidence.belief.normalizer[:, None]
     if layer.bias is not None:
         log_probs = log_probs + layer.bias[found.tokens]
-    log_shares = ops.knn_log_weights(found.distances, found.present, temperature=temperature)
+    log_shares = knn_log_shares(found, temperature)
     log_odds = _log_odds(said, interpolation_weight)
     given = log_odds, log_shares, found.tokens, found.present, log_probs, embeddings
     return hidden + ops.steering(*given, layer.isolating)

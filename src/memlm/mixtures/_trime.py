@@ -85,7 +85,13 @@ class TrimeMixture(Mixture):
             if (kind == CACHE) != (found.ages is not None):
                 raise ConfigError("a TRIME mixture was given memories of other kinds; pass the datastore, then a Cache")
             scores = ops.scaled_similarities(
-                -found.distances, found.present, width, self.temperature, found.ages, self.forgetting
+                -found.distances,
+                found.present,
+                width,
+                self.temperature,
+                found.ages,
+                self.forgetting,
+                found.log_counts,
             )
             some = found.present.any(dim=1, keepdim=True)
             masses.append(scores.logsumexp(dim=1).masked_fill(~some[:, 0], -torch.inf))
@@ -94,7 +100,8 @@ class TrimeMixture(Mixture):
         if self.interpolation_weight:
             found = evidence.memories[0].nearest(self.k)
             some = found.present.any(dim=1, keepdim=True)
-            scores = ops.scaled_similarities(-found.distances, found.present, width, self.interpolation_temperature)
+            temperature, counts = self.interpolation_temperature, found.log_counts
+            scores = ops.scaled_similarities(-found.distances, found.present, width, temperature, log_counts=counts)
             again, again_weight = log_shares(scores, some), self.interpolation_weight * some[:, 0].to(weights.dtype)
             weights, shares[0] = ops.second_interpolation(weights, shares[0], 0, again, again_weight)
         return Mix(ops.capped(weights), tuple(shares))

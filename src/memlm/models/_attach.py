@@ -234,7 +234,7 @@ def _mixed(
             part = past.recall(memory, kept)
         else:
             part = _lookup(memory, queries, k, asked)
-        found.append(Found(*(None if item is None else item.to(flat.device) for item in part)))  # type: ignore
+        found.append(part.each(lambda item: item.to(flat.device)))
     mixed = mixture.log_probs(flat.log_softmax(dim=-1), Evidence(tuple(found), belief, attached.layer))
     return mixed.reshape(logits.shape).to(torch.float32)
 

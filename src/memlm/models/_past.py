@@ -44,7 +44,7 @@ class Past(NamedTuple):
             for row in range(len(self.keys))
         ]
         places = (kept - first).to(self.keys.device)
-        return Found(*(torch.cat([part[places] for part in parts]) for parts in zip(*rows, strict=True)))  # type: ignore
+        return Found.joined([row.each(lambda part: part[places]) for row in rows])
 
     def read(self, kept: Tensor) -> Tensor:
         """Return the last tokens that were read at the kept places of every row; see `Belief.read`."""

@@ -4,6 +4,7 @@ from ._adapter import adapted_log_weights as adapted_log_weights
 from ._cache import cache_scores as cache_scores
 from ._cache import shared_softmax_weight as shared_softmax_weight
 from ._external import read_rows as read_rows
+from ._greedy_merging import greedy_merging as greedy_merging
 from ._interpolation import interpolate as interpolate
 from ._interpolation import interpolate_sparse as interpolate_sparse
 from ._knn import aggregate_by_token as aggregate_by_token
@@ -53,6 +54,7 @@ __all__ = [
     "capped",
     "exponential_weight",
     "gate_weight",
+    "greedy_merging",
     "interpolate",
     "interpolate_sparse",
     "joint_softmax_weight",

@@ -1,8 +1,10 @@
 """From neighbors to a next-token distribution (Khandelwal et al. 2020, arXiv:1911.00172, eq. 2).
 
-p_kNN(y | x) ∝ Σ_{(k_i, v_i) ∈ N} 1[y = v_i] exp(−d(k_i, f(x)) / T)
+p_kNN(y | x) ∝ Σ_{(k_i, v_i) ∈ N} 1[y = v_i] s_i exp(−d(k_i, f(x)) / T)
 
-with d the squared L2 distance; the temperature T divides distances. Absent neighbors are a mask, never a token.
+with d the squared L2 distance; the temperature T divides distances. s_i is how many entries neighbor i stands for: 1
+unless others were merged into it (He, Neubig, Berg-Kirkpatrick 2021, arXiv:2109.04212, section 4.2). Absent neighbors
+are a mask, never a token.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ from torch import Tensor
 _SMALLEST = float(torch.finfo(torch.float32).tiny)
 
 
-def knn_log_weights(distances: Tensor, present: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
-    """Return the log share of every neighbor in its row: log softmax(−d / T) over those present.
+def knn_log_weights(
+    distances: Tensor, present: Tensor | None = None, *, temperature: float = 1.0, log_counts: Tensor | None = None
+) -> Tensor:
+    """Return the log share of every neighbor in its row: log softmax(log s − d / T) over those present.
 
     Args:
         distances: Squared L2, float, shape (n, k); not used where `present` is False.
         present: Bool, shape (n, k); None means all.
         temperature: T, in units of squared distance; positive.
+        log_counts: log s, shape (n, k); None means all 0.
 
     Returns:
         Natural logs, float32, shape (n, k): −inf where absent, and a whole row of −inf where no neighbor is present.
@@ -42,6 +47,8 @@ def knn_log_weights(distances: Tensor, present: Tensor | None = None, *, tempera
     # Relative to the nearest, so that a small temperature cannot make every score −inf.
     scores = (nearest - distances) / max(temperature, _SMALLEST)
     scores = scores.masked_fill(nearest.isinf(), 0.0)  # a row without neighbors: a softmax over nothing would be NaN
+    if log_counts is not None:
+        scores = scores + log_counts
     return scores.log_softmax(dim=-1).masked_fill(distances.isinf(), -torch.inf)
 
 

@@ -23,8 +23,9 @@ def scaled_similarities(
     temperature: Tensor | float,
     ages: Tensor | None = None,
     forgetting: Tensor | float = 0.0,
+    log_counts: Tensor | None = None,
 ) -> Tensor:
-    """Return every entry's score: q·k / (√d T) − age / τ.
+    """Return every entry's score: log s + q·k / (√d T) − age / τ.
 
     Args:
         products: q·k, float32, shape (n, k); not used where absent.
@@ -33,6 +34,7 @@ def scaled_similarities(
         temperature: T, positive.
         ages: Tokens since each entry, shape (n, k); None where entries have no age.
         forgetting: 1 / τ, not negative; 0 forgets nothing.
+        log_counts: log s, s entries being merged into this one, shape (n, k); None means all 0.
 
     Returns:
         float32, shape (n, k); −inf where absent.
@@ -44,6 +46,8 @@ def scaled_similarities(
     scores = products.masked_fill(~present, 0.0) / (width**0.5 * temperature)
     if ages is not None:
         scores = scores - forgetting * ages
+    if log_counts is not None:
+        scores = scores + log_counts
     return scores.masked_fill(~present, -torch.inf)
 
 

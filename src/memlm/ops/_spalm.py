@@ -16,7 +16,9 @@ _NOTHING = -1e30
 _APART = 1e-2  # of an embedding's own square: by what steps give way where two can hardly be told apart
 
 
-def spalm_memory(hidden: Tensor, embeddings: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+def spalm_memory(
+    hidden: Tensor, embeddings: Tensor, present: Tensor, log_counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return what the neighbors' next tokens say together, and the share that each of them has in it.
 
     Tokens that come more than once count as often.
@@ -25,6 +27,8 @@ def spalm_memory(hidden: Tensor, embeddings: Tensor, present: Tensor) -> tuple[T
         hidden: h, shape (n, d).
         embeddings: e(y_i) of the neighbors' next tokens, shape (n, k, d).
         present: Bool, shape (n, k).
+        log_counts: Log of how many entries a neighbor stands for, shape (n, k), as often as which it counts; None
+            means all 0.
 
     Returns:
         (m, log shares): shapes (n, d) and (n, k); in a row without neighbors m is 0 and no share is anything.
@@ -36,6 +40,7 @@ def spalm_memory(hidden: Tensor, embeddings: Tensor, present: Tensor) -> tuple[T
         (tensor([[1., 0.]]), tensor([[1., 0.]]))
     """
     scores = torch.einsum("nkd,nd->nk", embeddings, hidden)  # (n, k)
+    scores = scores if log_counts is None else scores + log_counts
     scores = scores.masked_fill(~present, _NOTHING)
     log_shares = scores.log_softmax(dim=1)
     memory = torch.einsum("nk,nkd->nd", log_shares.exp() * present, embeddings)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from ..datastore import Datastore
+from ..errors import ConfigError
 from ..models import LanguageModel
 from ..progress import progress
 from ._segments import Ids, Segments, consecutive_segments
@@ -104,9 +105,15 @@ def neighbor_tokens(
         description: What to call the work there.
 
     Raises:
+        ConfigError: The datastore is pruned.
         DatastoreMismatch: The datastore was built with another model.
     """
     memory.manifest.check_bound(lm.identity)
+    if memory.counts is not None:
+        raise ConfigError(
+            f"{memory.path} is pruned, and in training a neighbor counts once, whatever was merged into it; train with "
+            "a datastore that is not"
+        )
     counts = [max(0, len(ids) - 1) for ids in documents]
     owners = np.repeat(np.arange(len(documents)), counts)
     own = np.array([memory.document_range(text) for text in texts]).reshape(-1, 2)
