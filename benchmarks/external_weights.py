@@ -1,14 +1,12 @@
-"""External weights: 1,000 facts as sentences on the reference model, and a table larger than a limit of memory.
+"""External weights: 1,000 facts as English sentences, written into a table that the frozen reference model reads.
 
-    python -m benchmarks.external_weights facts DATA_FOLDER
-    python -m benchmarks.external_weights table
+    python -m benchmarks.external_weights DATA
 
-`facts` trains a reader on facts with made-up names that are drawn anew in every step, on the training text of WikiText-2
-as text without facts. Then it writes facts with other names into a table on disk, replaces and deletes them, and asks; an
+A reader is trained on facts with made-up names that are drawn anew in every step, on the training text of WikiText-2 as
+text without facts. Then facts with other names are written into a table on disk, replaced and deleted, and asked for; an
 answer counts where every token of the value is the likeliest one. Text without facts is WikiText-2's test split and, for
-a kind of text that training has not seen, the United States Code's (DATA_FOLDER holds `<corpus>.{train,test}.jsonl.xz`).
-`table` trains rows of a table in a process whose anonymous memory the operating system limits.
-Results are added to benchmarks/results/external_weights.json and tabulated in external_weights.md.
+a kind of text that training has not seen, the United States Code's (DATA holds `<corpus>.{train,test}.jsonl.xz`).
+Results: benchmarks/results/external_weights.{json,md}.
 """
 
 from __future__ import annotations
@@ -31,49 +29,51 @@ from memlm.training import Asked, train_reader
 
 from .external_facts import Fact, asked, draw, sentence, tokens
 
-RESULTS = Path(__file__).parent / "results" / "external_weights.json"
-LAYER, SEEN = 2, 3  # of six; wordings that training sees
+RESULTS = Path(__file__).parent / "results"
+LAYER, WINDOW, SEEN = 2, 12, 3  # of six layers; tokens of a sentence that a key is made of; wordings that training sees
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("piece", choices=["facts", "table"])
-    parser.add_argument("data", type=Path, nargs="?")
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--facts", type=int, default=1000)
-    parser.add_argument("--layer", type=int, default=LAYER)
     options = parser.parse_args()
-    found = facts(options.data, options.steps, options.facts, options.layer) if options.piece == "facts" else {}
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[options.piece] = found
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    found = facts(options.data, options.steps, options.facts)
+    (RESULTS / "external_weights.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "external_weights.md").write_text(table(found))
 
 
-def facts(data: Path, steps: int, count: int, layer: int) -> dict[str, Any]:
+def facts(data: Path, steps: int, count: int) -> dict[str, Any]:
     """Train a reader, then write, replace, delete and ask."""
     torch.manual_seed(0)
     lm = memlm.reference_lm()
-    reader = add_row_reader(lm.model, layer, key_width=128, value_width=128, top_k=8)
+    reader = add_row_reader(lm.model, LAYER, key_width=128, value_width=128, top_k=8, window=WINDOW)
+    alike(reader)
     text = blocks(lm, data / "wikitext2.train.jsonl.xz", 64, 4000)
     losses: list[Any] = []
 
     def keep(step: int, loss: Any) -> None:
-        parts = {name: float(getattr(loss, name).detach()) for name in ("answers", "found", "silent", "changed")}
-        losses.append(parts)
-        if step % 25 == 0:
-            print(step, parts, flush=True)
+        if step % 20 == 0:
+            parts = {name: float(getattr(loss, name).detach()) for name in ("answers", "found", "silent", "changed")}
+            losses.append({"step": step} | parts)
+            print(losses[-1], flush=True)
 
     started = time.perf_counter()
     train_reader(lm.model, reader, episodes(lm, text), steps, after=keep)
-    result = {
-        "steps": steps,
-        "layer": layer,
-        "seconds of training": time.perf_counter() - started,
-        "losses": losses[::25],
-    }
+    seconds = time.perf_counter() - started
     tests = {name: blocks(lm, data / f"{name}.test.jsonl.xz", 128, 60) for name in ("wikitext2", "law")}
     with tempfile.TemporaryDirectory() as folder:
-        return result | test(lm, reader, count, tests, Path(folder))
+        found = test(lm, reader, count, tests, Path(folder))
+    return {"steps": steps, "seconds of training": seconds, "losses": losses} | found
+
+
+@torch.no_grad()
+def alike(reader: RowReader) -> None:
+    """Begin with the same map for every token of the window: a name is then found wherever in it the name stands."""
+    weight = reader.query.weight.view(reader.query.out_features, reader.window, -1)
+    weight.copy_(weight[:, :1].repeat(1, reader.window, 1))
+    reader.key.weight.copy_(reader.query.weight)
 
 
 def episodes(lm: Any, text: torch.Tensor, size: int = 64) -> Iterator[tuple[list[Asked], torch.Tensor]]:
@@ -123,7 +123,7 @@ def test(lm: Any, reader: RowReader, count: int, tests: dict[str, torch.Tensor],
         tell(items, 0)
         bank.commit()
         ids = bank.owners.nonzero().flatten()
-        bank.update(ids, values=bank.read("values", ids.roll(lm_rows(ids))))
+        bank.update(ids, values=bank.read("values", ids.roll(len(ids) // 2)))
         found["control: values of other facts"] = ask(items, 0)
         bank.rollback()
         half = count // 2
@@ -133,10 +133,6 @@ def test(lm: Any, reader: RowReader, count: int, tests: dict[str, torch.Tensor],
         found["deleted"] = ask(items[half:], 0)
         found["threshold"], found["scale"] = reader.threshold.item(), reader.log_scale.exp().item()
     return found
-
-
-def lm_rows(ids: torch.Tensor) -> int:
-    return len(ids) // 2
 
 
 @torch.no_grad()
@@ -171,6 +167,48 @@ def blocks(lm: Any, path: Path, length: int, count: int) -> torch.Tensor:
             break
     chosen = np.linspace(0, len(found) - 1, count).astype(int)
     return torch.from_numpy(np.stack([found[number] for number in chosen]).astype(np.int64))
+
+
+def table(found: dict[str, Any]) -> str:
+    ways = {name: found[name] for name in ("values alone", "whole sentences")}
+    shares = ("as written", "seen wording", "unseen wording")
+    lines = [
+        "# External weights: facts as sentences, on the reference model",
+        "",
+        "    python -m benchmarks.external_weights DATA",
+        "",
+        f"A reader beside layer {LAYER} of the frozen reference model, trained for {found['steps']} steps on facts that are drawn anew in every",
+        f"step, its keys made of {WINDOW} tokens. Then {found['facts']:,} facts with names that no step has seen are written by a forward pass",
+        "each: made-up names of several tokens, in four relations. An answer counts where every token of the value is the",
+        "likeliest one. Rows are made of the value's tokens alone, or of all tokens of the sentence.",
+        "",
+        "| | " + " | ".join(ways) + " |",
+        "|---|---:|---:|",
+        *(f"| {name} | " + " | ".join(f"{way[name]:.1%}" for way in ways.values()) + " |" for name in shares),
+        "| rows | " + " | ".join(f"{way['rows']:,}" for way in ways.values()) + " |",
+        *(
+            f"| change of {name}, nats a token | "
+            + " | ".join(f"{way['text, nats a token'][name]:+.4f}" for way in ways.values())
+            + " |"
+            for name in ("wikitext2", "law")
+        ),
+        "",
+        "Asked as they were written, of the values alone:",
+        "",
+        "| | answered |",
+        "|---|---:|",
+        *(
+            f"| {name} | {found[name]:.1%} |"
+            for name in (
+                "nothing written",
+                "control: values of other facts",
+                "replaced, new value",
+                "replaced, old value",
+                "deleted",
+            )
+        ),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
