@@ -83,6 +83,8 @@ def table(outcomes: dict[str, Outcome]) -> str:
         "",
         "    python -m benchmarks.squat DATA --runs FOLDER",
         "",
+        *first.experiment.description.strip().splitlines(),
+        "",
         "Perplexity a token of each corpus's own tokenizer: compare within a column.",
         "",
         "| | " + " | ".join(outcomes) + " |",
@@ -96,7 +98,8 @@ def table(outcomes: dict[str, Outcome]) -> str:
             values = [np.mean([run.facts[fact] for run in outcome.runs[arm]]) for outcome in outcomes.values()]
             lines.append(f"| {arm}, {fact} | " + " | ".join(f"{value:,.0f}" for value in values) + " |")
     for corpus, outcome in outcomes.items():
-        lines += ["", f"# {corpus}", "", outcome.markdown().partition("\n")[2].strip()]
+        text = outcome.markdown().partition("\n")[2].replace(outcome.experiment.description.strip(), "")
+        lines += ["", f"## {corpus}", "", text.strip()]
     return "\n".join(lines) + "\n"
 
 
