@@ -146,6 +146,25 @@ def test_entries_are_merged(world, place):
     assert (again["merged"], again["version"], again["dry_run"]) == (0, result["version"], False)
 
 
+def test_a_damaged_version_can_be_left(world, place):
+    before = documents()
+    result_of("add", world.model, "memory", "new.txt")
+    shutil.rmtree(place / "memory" / "segments" / Datastore("memory").manifest.segments[-1].name)
+    assert "is missing; restore it" in refused("info", "memory")
+    assert len(result_of("history", "memory")["versions"]) == 3
+    assert result_of("rollback", "memory", "2")["documents"] == 3
+    assert documents() == before
+
+
+def test_a_condition_that_is_no_json_is_a_text(world, place):
+    lines = [{"id": name, "text": "The cat was here.", "note": note} for name, note in (("a", "[" * 10**5), ("b", 1))]
+    (place / "noted.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result_of("add", world.model, "memory", "noted.jsonl")
+    assert result_of("remove", "memory", "--where", "note=" + "[" * 10**5)["removed"] == ["a"]
+    assert result_of("remove", "memory", "--where", "note=true")["removed"] == []
+    assert result_of("remove", "memory", "--where", "note=1.0")["removed"] == ["b"]
+
+
 def test_verify_finds_damage(place):
     data = bytearray((place / "memory" / KEYS).read_bytes())
     data[-1] ^= 1

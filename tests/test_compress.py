@@ -352,6 +352,30 @@ def test_a_datastore_without_entries_is_refused(memory):
         memory.compress(4)
 
 
+def test_fewer_entries_than_numbers_are_refused(tmp_path):
+    """The components of n keys beyond n - 1 are arbitrary, and their grid has no width: later keys would be lost."""
+    memory = build(tmp_path / "memory", [Document("a", "xabc"), Document("b", "xabcdefgh")])
+    memory.remove("a")
+    memory.remove("b")
+    memory.add(FakeEncoder(), [Document("c", "xone")])  # what counts is not deleted
+    before, files = memory.manifest, sorted(memory.path.rglob("*"))
+    for width in (4, 8):
+        with pytest.raises(ConfigError, match=f"width is {width}, but .*memory has 4 entries; expected more .*smaller"):
+            memory.compress(width)
+    assert Manifest.load(memory.path) == before
+    assert sorted(memory.path.rglob("*")) == files
+    memory.compress(3)
+    assert_finds(memory, k=3)
+
+
+def test_keys_that_come_after_few_are_not_lost(tmp_path):
+    """With one entry more than numbers, every component has some width, so that later keys can differ."""
+    memory = build(tmp_path / "memory", [Document("a", "xabcdefgh")])
+    memory.compress(8)
+    memory.add(FakeEncoder(), DOCUMENTS)
+    assert all(len(np.unique(column)) > 2 for column in tensors_of(memory)[1].T)
+
+
 def test_a_reader_keeps_what_it_opened(memory):
     reader = Datastore(memory.path)
     before = reader.search(QUERIES, 5)

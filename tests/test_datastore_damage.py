@@ -160,6 +160,14 @@ def test_a_killed_build_leaves_no_datastore_and_can_be_run_again(tmp_path):
     assert Datastore(tmp_path / "index").index.details["factory"] == "IVF4,Flat"
 
 
+@pytest.mark.parametrize("left", ["", "{", "[]", "{}", '{"sha256": 7}\n', "[" * 100_000])
+def test_a_build_does_not_go_on_behind_what_is_no_manifest(tmp_path, left):
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "manifest-000001.json").write_text(left)
+    with pytest.raises(DatastoreCorrupt, match=r"manifest-000001\.json is not a sound manifest .*build again"):
+        build(tmp_path / "memory")
+
+
 def test_two_builds_into_one_folder_are_kept_apart(tmp_path):
     def meanwhile(number, keys):
         if number == 40:

@@ -153,6 +153,8 @@ def test_a_damaged_compressed_file_is_an_error(tmp_path, suffix):
         ({"text": "row"}, "a single mapping is not a corpus"),
         (7, "cannot read documents from a int; pass a path or an iterable"),
         ([7], "cannot read documents from a int"),
+        ([Document("", "x")], "a document has the id ''; ids name documents: give it one, or leave the field out"),
+        ([{"id": "", "text": "x"}], "a document has the id ''"),
         ([Document("a", "x"), Document("a", "y")], "two documents have the id 'a'; ids must be unique"),
     ],
 )

@@ -14,8 +14,8 @@ import pytest
 
 from fake_encoder import FakeEncoder, random_documents
 from memlm import Datastore, Document
-from memlm.datastore import Pointers, audit, verify
-from memlm.errors import ConfigError, DatastoreError, DatastoreMismatch
+from memlm.datastore import Pointers, audit, rollback_to, verify
+from memlm.errors import ConfigError, CorpusError, DatastoreError, DatastoreMismatch
 
 QUIET = {"show_progress": False}
 FACTORIES = ["exact", "IVF4,Flat", "IVF4,SQfp16", "IVF4,SQ8", "Flat", "HNSW8", "PQ4x4"]
@@ -446,3 +446,81 @@ def test_files_are_closed_when_nobody_holds_the_datastore(tmp_path, factory):
         assert len(os.listdir("/proc/self/fd")) == before
     finally:
         gc.enable()
+
+
+def test_metadata_are_compared_as_json_and_not_as_python(tmp_path):
+    source = [
+        Document("true", "xone", {"draft": True, "score": math.nan, "list": [1, True]}),
+        Document("one", "xtwo", {"draft": 1, "score": 0.5, "list": [1, 1]}),
+        Document("one as float", "xthree", {"draft": 1.0, "score": 2**70}),
+        Document("text", "xfour", {"draft": "1"}),
+    ]
+    memory = build(source, tmp_path / "memory")
+    for where, expected in (
+        ({"draft": 1}, ["one", "one as float"]),
+        ({"draft": True}, ["true"]),
+        ({"draft": 1.0}, ["one", "one as float"]),
+        ({"draft": "1"}, ["text"]),
+        ({"score": math.nan}, ["true"]),
+        ({"score": 2**70}, ["one as float"]),
+        ({"list": [1, 1]}, ["one"]),
+        ({"draft": None}, []),
+    ):
+        assert memory.remove(where=where, dry_run=True) == expected, where
+
+
+def test_the_order_of_metadata_does_not_matter(tmp_path):
+    memory = build([Document("a", "xone", {"b": 1, "c": {"d": 2, "e": 3}})], tmp_path / "memory")
+    again = [Document("a", "xone", {"c": {"e": 3, "d": 2}, "b": 1})]
+    assert memory.add(FakeEncoder(), again) == (0, 0)
+    other = build(again, tmp_path / "other")
+    assert memory.merge(other.path) == (0, 0)
+
+
+def test_metadata_too_deep_for_json_are_named(tmp_path):
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(CorpusError, match="the metadata of 'a' cannot be stored as JSON"):
+        build([Document("a", "xone", {"deep": deep})], tmp_path / "memory")
+
+
+def test_going_back_from_a_damaged_version(memory, documents):
+    version, before = memory.manifest.version, content(memory)
+    memory.add(FakeEncoder(), documents[6:])
+    shutil.rmtree(memory.path / "segments" / memory.manifest.segments[-1].name)
+    with pytest.raises(DatastoreError, match="is missing"):
+        Datastore(memory.path)
+    rollback_to(memory.path, version)
+    assert content(Datastore(memory.path)) == before
+
+
+def test_nobody_goes_back_to_what_is_missing(memory):
+    memory.build_index("Flat")
+    version = memory.manifest.version
+    memory.build_index("exact")
+    shutil.rmtree(memory.path / "index")
+    before = memory.manifest
+    with pytest.raises(DatastoreError, match=r"index\.faiss is missing; restore it"):
+        memory.rollback(version)
+    assert Datastore(memory.path).manifest == before
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_name_of_a_removed_file_is_forgotten_by_compact(tmp_path, documents, several):
+    (tmp_path / "secret.txt").write_text("xnothing to see")
+    (tmp_path / "open.txt").write_text("xsomething to see")
+    source = [str(tmp_path / "secret.txt"), *([str(tmp_path / "open.txt")] if several else [])]
+    memory = build(source if several else source[0], tmp_path / "memory")
+    memory.add(FakeEncoder(), documents[:1])
+    memory.compact()
+    assert "secret.txt" in memory.manifest.corpus["source"]  # it is there still
+    memory.remove("secret.txt")
+    assert any("names it as a source: compact" in line for line in audit(memory.path, "secret.txt"))
+    memory.compact()
+    assert audit(memory.path, "secret.txt") == []
+    assert not [file for file in memory.path.rglob("*") if file.is_file() and b"secret" in file.read_bytes()]
+    memory.remove(documents[0].id)
+    before = memory.manifest.corpus
+    memory.compact()
+    assert memory.manifest.corpus == before

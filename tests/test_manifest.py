@@ -1,6 +1,7 @@
 """Manifests: damaged, from a newer memlm, or made to deceive; and folders that are no place for a datastore."""
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -112,6 +113,12 @@ KEYS = {"dtype": "float16", "width": 32}
         ("encoder", "gpt2"),
         ("encoder/sha256", None),
         ("encoder/key_site", {}),
+        ("encoder/dtype", KeyError),
+        ("encoder/dtype", 16),
+        ("encoder/name", "half of a pair: \ud800"),  # what no later version could be written with
+        ("encoder/surprise", math.nan),
+        ("windows/context", 0),
+        ("windows/stride", 0),
         ("tokenizer/vocab_size", -1),
         ("tokenizer/vocab_size", 0),
         ("tokenizer/vocab_size", (1 << 22) + 1),

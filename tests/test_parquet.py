@@ -93,7 +93,11 @@ METADATA = st.dictionaries(
 
 
 @settings(max_examples=20)
-@given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.tuples(TEXTS, METADATA), min_size=1))
+@given(
+    st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.tuples(TEXTS, METADATA), min_size=1
+    )
+)
 def test_any_document_goes_there_and_back(tmp_path_factory, documents):
     place = tmp_path_factory.mktemp("any")
     memory = build([Document(name, *rest) for name, rest in documents.items()], place / "memory")
@@ -189,7 +193,11 @@ def test_the_forger_of_these_tests_can_write_a_sound_file(memory, exported):
         (lambda written: written["tokenizer"].update(vocab_size=-1), "expected a whole number"),
         (lambda written: written["tokenizer"].update(vocab_size=100), r"token id \d+; expected ids below 100"),
         (lambda written: written["encoder"].pop("key_site"), "lacks 'key_site'"),
+        (lambda written: written["encoder"].pop("dtype"), "encoder lacks 'dtype'"),
         (lambda written: written["windows"].update(stride="1"), "expected a whole number"),
+        (lambda written: written["windows"].update(stride=0), r"windows are .*'stride': 0.*; expected .* at least 1"),
+        (lambda written: written["windows"].update(stride=-1), "stride is '-1'; expected a whole number, not negative"),
+        (lambda written: written["windows"].update(context=0), r"windows are .*'context': 0.*; expected .* at least 1"),
         (lambda written: written.update(segments=[9]), "row groups"),
         (lambda written: written.update(segments=[0, *written["segments"]]), "row groups"),
         (lambda written: written.update(documents=9), "8 rows; expected 9"),
@@ -206,13 +214,25 @@ def test_forged_settings_are_refused(exported, change, words):
     ("change", "words"),
     [
         (lambda rows: rows[1].update(id="d0"), "two documents with the id 'd0'"),
-        (lambda rows: rows[1].update(metadata="[]"), "metadata of 'd1' is no JSON object"),
+        (lambda rows: rows[1].update(metadata="[]"), r"metadata of 'd1' is '\[\]'; expected a JSON object"),
+        (lambda rows: rows[1].update(id=""), "a document whose id is ''; expected one character at least"),
+        (
+            lambda rows: rows[1].update(text=" \n", values=[], spans=[], keys=[]),
+            "text of 'd1' is ' .n'; expected something",
+        ),
         (lambda rows: rows[1].update(metadata="{"), "JSONDecodeError"),
         (lambda rows: rows[1].update(text="x"), "entries of 'd1' lie outside its text"),
         (lambda rows: rows[1]["spans"].__setitem__(3, [4, 3]), "entries of 'd1' lie outside its text"),
         (lambda rows: rows[1]["spans"].pop(), "other numbers of values and of spans"),
         (lambda rows: rows[1]["keys"].pop(), "a row group of 808 entries has 807 keys"),
-        (lambda rows: rows[1]["keys"][2].__setitem__(0, math.inf), "keys are not finite"),
+        (
+            lambda rows: rows[1]["keys"][2].__setitem__(0, math.inf),
+            "number 0 of key 103 in row group 0 is inf; expected",
+        ),
+        (
+            lambda rows: rows[7]["keys"][1].__setitem__(3, math.nan),
+            "number 3 of key 708 in row group 0 is nan; expected",
+        ),
         (lambda rows: rows[1]["values"].__setitem__(0, 1 << 31), "token id 2147483648"),
     ],
 )
@@ -359,10 +379,10 @@ def test_compressed_keys_stay_where_they_are(tmp_path):
     assert Export(tmp_path / "memory.parquet").manifest.keys["width"] == memory.width
 
 
-@pytest.mark.parametrize("value", ["\ud800", float("nan")])
-def test_settings_that_no_manifest_can_hold_are_noticed_before_one_is_written(memory, exported, value):
+@pytest.mark.parametrize(("value", "message"), [("\ud800", "surrogates not allowed"), (float("nan"), "float values")])
+def test_settings_that_no_manifest_can_hold_are_noticed_before_one_is_written(memory, exported, value, message):
     found = json.loads(pq.ParquetFile(exported).metadata.metadata[b"memlm"])
     found.pop("sha256")
     found["encoder"]["name"] = value
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=message):
         checked_settings(json.dumps({**found, "sha256": "0"}).encode())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from huggingface_hub import constants, get_token
 
 from command_line import refused, run
 from fake_encoder import FakeEncoder, random_documents
-from hub_server import serving
+from hub_server import Repository, serving
 from memlm import Datastore
 from memlm.datastore import verify
 from memlm.errors import ConfigError, HubError
@@ -192,6 +193,69 @@ def test_a_repository_may_hold_what_is_no_datastore(hub, place):
     assert not Path("../evil.txt").exists()
     hub.repositories[NAME].commit({}, ["current.json"])
     assert f"{NAME} holds no datastore" in refused("pull", NAME, "other", place=place)
+
+
+def asked_for(hub):
+    """Names of files that were downloaded."""
+    pattern = re.compile(r"/datasets/[^/]+/[^/]+/resolve/[^/]+/(.+)")
+    return {match[1] for _, path in hub.requests if (match := pattern.fullmatch(path))}
+
+
+def test_nothing_is_downloaded_that_the_current_version_does_not_name(hub, place):
+    push("memory", NAME)
+    others = ["segments/000000/surprise.bin", "segments/evil/keys.safetensors", "index/000001/index.faiss"]
+    others += ["codec/000001/codec.safetensors", "manifest-000001.json", "manifest-999999.json", ".current.json.1.tmp"]
+    hub.repositories[NAME].commit(dict.fromkeys(others, b"x" * 5000) | {"README.md": b"x" * (1 << 20)}, ())
+    hub.requests.clear()
+    pull(NAME, "again")
+    assert names("again") == sorted(set(names_of(hub)) - {*others, "README.md"})  # nor a card of such a size
+    assert asked_for(hub) == set(names("again"))
+
+
+def test_a_folder_that_was_put_there_by_hand_comes_without_its_earlier_versions(hub, place):
+    memory = Datastore("memory")
+    memory.remove(["d1"])
+    hub.repositories[NAME] = Repository(private=False)
+    hub.repositories[NAME].commit({name: Path("memory", name).read_bytes() for name in names("memory")}, ())
+    again = pull(NAME, "again")
+    assert content(again) == content(memory)
+    assert [item["version"] for item in again.history()] == [memory.manifest.version]
+    assert verify("again") == []
+    assert len([name for name in names("again") if name.startswith("manifest-")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "words"),
+    [
+        ("segments/000000/keys.safetensors", b"", "keys.safetensors has 0 bytes; expected "),
+        ("segments/000000/keys.safetensors", None, "keys.safetensors has no bytes; expected "),
+        ("segments/000000/keys.safetensors", b"../../../../etc/passwd", "keys.safetensors has 22 bytes; expected "),
+        ("manifest-000005.json", None, "manifest-000005.json is not a sound manifest (FileNotFoundError"),
+        ("manifest-000005.json", b"{}\n", "manifest-000005.json is not a sound manifest (KeyError"),
+        ("manifest-000005.json", bytes(1 << 26), "manifest-000005.json has 67108864 bytes, too many for a manifest"),
+        ("current.json", bytes(1 << 26), "current.json has 67108864 bytes, too many for a manifest"),
+        ("current.json", b'{"version": 7, "sha256": "0"}\n', "manifest-000007.json is not a sound manifest"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_rest_is_downloaded(hub, place, file, data, words):
+    push("memory", NAME)
+    hub.repositories[NAME].commit({} if data is None else {file: data}, [file] if data is None else ())
+    hub.requests.clear()
+    line = refused("pull", NAME, "again", place=place)
+    assert "what was downloaded is damaged: " in line
+    assert words in line
+    assert place.name not in line  # of the hidden folder
+    assert not [name for name in asked_for(hub) if "/" in name]
+
+
+def test_a_newer_format_is_told_from_damage(hub, place):
+    push("memory", NAME)
+    held = {name: data for name, data in hub.repositories[NAME].commits[-1][1].items() if name.startswith("manifest-")}
+    ((name, data),) = held.items()
+    hub.repositories[NAME].commit({name: json.dumps(json.loads(data) | {"format_version": 99}).encode() + b"\n"}, ())
+    assert refused("pull", NAME, "again", place=place).startswith(
+        f"memlm: {NAME} has format version 99; this memlm reads up to 3: install a newer memlm"
+    )
 
 
 def names_of(hub):

@@ -83,8 +83,8 @@ class Life(RuleBasedStateMachine):
 
     @rule(width=st.integers(1, 8), key_dtype=st.sampled_from(["int8", "float16"]))
     def compress(self, width, key_dtype):
-        if not self.held or self.memory.manifest.codec is not None:
-            with pytest.raises(DatastoreError, match=r"compressed already|has no entries"):
+        if len(self.memory) <= width or self.memory.manifest.codec is not None:
+            with pytest.raises((DatastoreError, ConfigError), match=r"compressed already|has no entries|more entries"):
                 self.memory.compress(width, key_dtype)
             return
         self.memory.compress(width, key_dtype, segment_entries=self.entries)

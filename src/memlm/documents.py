@@ -58,6 +58,8 @@ class Corpus:
             if not document.text.strip():
                 self.skipped[document.id] = "no text"
                 continue
+            if not document.id:
+                raise CorpusError("a document has the id ''; ids name documents: give it one, or leave the field out")
             if document.id in seen:
                 raise CorpusError(f"two documents have the id {document.id!r}; ids must be unique: rename one of them")
             seen.add(document.id)

@@ -21,7 +21,8 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that takes the place of `path` when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # never through a link that somebody left under this name
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -19,10 +19,11 @@ def compact(
 ) -> None:
     """Take deleted documents and earlier versions off the disk, join small segments, index all entries."""
     from ..datastore import Datastore
+    from ..datastore import compact as compact_
 
-    memory = Datastore(datastore)
     before = common.size(datastore)
-    memory.compact(index=index, show_progress=True)
+    compact_(datastore, index=index, show_progress=True)  # without opening an index that may be damaged
+    memory = Datastore(datastore, verify=False)
     after = common.size(datastore)
     search = common.describe_search(memory.index.details)
     common.emit(

@@ -22,7 +22,7 @@ def compress(
     """Store keys as their principal components, in 8 bits each; what was deleted leaves the disk, too."""
     from ..datastore import Datastore
 
-    memory = Datastore(datastore)
+    memory = Datastore(datastore, verify=False)  # it is checked while it is held for writing
     before = common.size(datastore)
     memory.compress(max(1, memory.width // 2) if width is None else width, keys, index=index, show_progress=True)
     after, stored = common.size(datastore), memory.manifest.keys

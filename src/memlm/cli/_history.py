@@ -11,9 +11,9 @@ from . import _common as common
 
 def history(datastore: common.Memory, json: common.Json = False) -> None:
     """List the versions that are kept: since the last compaction, at most 64."""
-    from ..datastore import Datastore
+    from ..datastore import Manifest
 
-    versions = Datastore(datastore, verify=False).history()
+    versions = [item.summary() for item in Manifest.load(datastore).history(datastore)][::-1]
     lines = [
         f"{item['version']:>6}  {item['written'].replace('T', ' ')[:19]}  {item['documents']:>9,} documents  "
         f"{item['entries']:>12,} entries  {item['change']}"
@@ -28,8 +28,8 @@ def rollback(
     json: common.Json = False,
 ) -> None:
     """Publish what an earlier version held as a new version; nothing is lost, so this can be taken back, too."""
-    from ..datastore import Datastore
+    from ..datastore import Datastore, rollback_to
 
+    rollback_to(datastore, version)  # without opening what is there: it may be damaged
     memory = Datastore(datastore, verify=False)
-    memory.rollback(version)
     common.emit(common.state(memory), f"{datastore}: as in version {version}; {common.described_state(memory)}", json)

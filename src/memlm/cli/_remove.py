@@ -19,7 +19,7 @@ def remove(
     pattern: Annotated[str | None, typer.Option(help="Also ids like this one: *, ?, [a-z] as in a shell.")] = None,
     where: Annotated[
         list[str] | None,
-        typer.Option(help="Also documents with this metadata, KEY=VALUE; all given must fit."),
+        typer.Option(help="Also documents with this metadata, KEY=VALUE (JSON or text); all given must fit."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell which.")] = False,
     json: common.Json = False,
@@ -46,5 +46,5 @@ def _condition(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--where is {text!r}; expected KEY=VALUE")
     try:
         return name, json_.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value

@@ -7,7 +7,6 @@ last of them when it is run again, and ends with the same datastore.
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,7 +88,7 @@ def build_segments(
     _check_size(segment_entries)
     empty = _empty(encoder, metric, key_dtype, describe(source))
     with _building(path, empty) as manifest:
-        directory, change = Directory.open(path, manifest), f"build of {describe(source)}"
+        directory, change = Directory.open(path, manifest, verify=True), f"build of {describe(source)}"
         for group in _groups(encoder, corpus, segment_entries, directory, replace_others=False):
             if group.last and not manifest.slots and not any(len(item.ids) > 1 for item in group.items):
                 raise CorpusError(f"no token of {describe(source)} can be stored: every document has one token or none")
@@ -210,8 +209,7 @@ def _reached(path: Path, empty: Manifest) -> Manifest | None:
     if not manifests:
         return None
     if manifests == [manifest_name(1)]:  # it was killed between a manifest and the file that makes it current
-        sha256 = json.loads((path / manifests[0]).read_text())["sha256"]
-        Manifest.read(path, 1, sha256).publish(path)
+        Manifest.read(path, 1, None).publish(path)
         return _unfinished(path, empty)
     read_current(path)  # says what is missing
     return None

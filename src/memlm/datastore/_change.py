@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from ..documents import describe
-from ..errors import ConfigError, DatastoreError, DatastoreMismatch
+from ..errors import ConfigError, DatastoreCorrupt, DatastoreError, DatastoreMismatch
 from ..progress import progress
 from ..text import count
 from ._codec import open_codec
 from ._manifest import Manifest
 from ._part import CODEC_FILE, Part
 from ._segment import Segment
-from ._stored import Directory, Place, with_deleted
+from ._stored import Directory, Place, canonical, with_deleted
+from ._verify import wrong
 from ._writing import segment_used, write_segment, writing
 
 _COPIED_TOGETHER = 1 << 14  # keys, however long a document is
@@ -55,13 +56,15 @@ def merge_documents(
         How many documents were added, and how many of them replaced others.
 
     Raises:
-        DatastoreError: An id is stored with other content, and `replace_others` is false.
+        DatastoreError: An id is stored with other content, and `replace_others` is false; or the other is damaged.
         DatastoreMismatch: The keys are not of one kind.
     """
     theirs = Manifest.load(other)
-    source = Directory.open(other, theirs)
-    added = replaced = 0
     _check_alike(Manifest.load(path), theirs)  # before the lock, which writes
+    source = Directory.open(other, theirs, verify=True)
+    for problem in wrong(source, theirs):
+        raise DatastoreCorrupt(problem)  # it would get a checksum of ours
+    added = replaced = 0
     with writing(path, "merge") as manifest, progress("copying", theirs.entries, show=show_progress) as advance:
         _check_alike(manifest, theirs)
         codec = None if theirs.codec is not None else open_codec(path, manifest)
@@ -79,16 +82,23 @@ def merge_documents(
     return added, replaced
 
 
-def rollback_to(path: Path, version: int) -> None:
-    """Publish what an earlier version held as a new version.
+def rollback_to(path: str | Path, version: int) -> None:
+    """Publish what an earlier version held as a new version; the current one may be damaged.
+
+    Args:
+        path: The datastore's folder.
+        version: That is still kept.
 
     Raises:
         ConfigError: That version is not kept.
+        DatastoreError: Files of it are missing or have another size; or another process writes.
     """
+    path = Path(path)
     with writing(path, f"rollback to version {version}") as manifest:
         kept = list(manifest.history(path))
         for old in kept:
             if old.version == version:
+                old.check_files(path)
                 fields = {"segments": old.segments, "index": old.index, "corpus": old.corpus}
                 manifest.following(f"rollback to version {version}", **fields).publish(path)
                 return
@@ -164,7 +174,8 @@ def _new(source: Directory, directory: Directory, *, replace_others: bool) -> It
             yield place
             continue
         known = directory.document(here)
-        if (known["sha256"], str(known["metadata"])) == (document["sha256"], str(document["metadata"])):
+        same = known["sha256"] == document["sha256"]
+        if same and canonical(known["metadata"]) == canonical(document["metadata"]):
             continue
         if not replace_others:
             raise DatastoreError(

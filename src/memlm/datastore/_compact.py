@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from ..progress import progress
 from ._change import by_size, copy_documents
 from ._manifest import Manifest
 from ._part import Part
-from ._stored import Directory
+from ._stored import Directory, names
 from ._writing import segment_used, sweep, writing
 
 
@@ -31,9 +32,12 @@ def compact_segments(
         index_of: Builds the index of a version that is not published yet.
         segment_entries: Entries a segment, about.
         show_progress: Show rate and time left on stderr.
+
+    Raises:
+        DatastoreCorrupt: A file does not match its checksum; its copy would get a new one.
     """
     with writing(path, "compact") as manifest:
-        old, draft = Directory.open(path, manifest), manifest.following("compact")
+        old, draft = Directory.open(path, manifest, verify=True), manifest.following("compact")
         rewrite(path, old, draft, index_of, segment_entries=segment_entries, show_progress=show_progress)
 
 
@@ -61,7 +65,7 @@ def rewrite(
         show_progress: Show rate and time left on stderr.
     """
     first, entries = draft.kept["next_segment"], draft.entries
-    draft = replace(draft, parent=None, segments=(), index=None)
+    draft = replace(draft, parent=None, segments=(), index=None, corpus=_forgetting(draft.corpus, old))
     with progress("copying", entries, show=show_progress) as advance:
         for group in by_size(old, old, segment_entries):
             part = copy_documents(path, draft, old, group, advance, encode, counts)
@@ -71,3 +75,13 @@ def rewrite(
     finished = replace(draft, index=index_of(draft))
     finished.publish(path)
     sweep(path, finished)
+
+
+def _forgetting(corpus: dict[str, Any], old: Directory) -> dict[str, Any]:
+    """Return what a manifest says of the corpus, without the names of documents that are gone."""
+    for segment, deleted in zip(old.segments, old.deleted, strict=True):
+        for number in np.flatnonzero(deleted):
+            name = segment.document(int(number))["id"]
+            if names(corpus["source"], name) and old.with_id(name) is None:
+                return {**corpus, "source": "documents that were removed since, and others"}
+    return corpus

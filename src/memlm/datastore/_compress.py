@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DatastoreError
+from ..errors import ConfigError, DatastoreError
+from ..text import count
 from ._compact import rewrite
 from ._fit_codec import fit_codec
 from ._keys import StoredKeys
@@ -40,7 +41,7 @@ def compress_segments(
         show_progress: Show rate and time left on stderr.
 
     Raises:
-        ConfigError: The width or the type cannot be.
+        ConfigError: The width or the type cannot be, or there are no more entries than `width`.
         DatastoreError: The keys are compressed already, or there are none.
     """
     with writing(path, "compress") as manifest:
@@ -51,7 +52,13 @@ def compress_segments(
             )
         if not manifest.entries:
             raise DatastoreError(f"{path} has no entries to fit a codec to; add documents first")
-        old = Directory.open(path, manifest)
+        if manifest.entries <= width:  # n keys lie in a space of n - 1 numbers: the others would mean nothing
+            entries = count(manifest.entries, "entry", "entries")
+            raise ConfigError(
+                f"width is {width}, but {path} has {entries}; expected more entries than numbers in a key: choose a "
+                "smaller width, or add documents first"
+            )
+        old = Directory.open(path, manifest, verify=True)
         keys = StoredKeys(old.segments, None, manifest.keys["width"], manifest.keys["dtype"], manifest.metric, None)
         live = np.flatnonzero(old.live())
         chosen = np.random.default_rng(0).choice(live, min(len(live), _SAMPLE), replace=False)

@@ -240,11 +240,7 @@ class Datastore(Version):
         Raises:
             DatastoreError: Another process writes, or the disk is full; nothing has changed then.
         """
-        self.refresh()
-        before = self.manifest.index
-        check_factory(index or "auto", self.keys.width, self.metric)
-        index_of = self._indexing(index or (before.details["factory"] if before else "auto"), show_progress)
-        compact_segments(self.path, index_of, segment_entries=segment_entries, show_progress=show_progress)
+        compact(self.path, index=index, segment_entries=segment_entries, show_progress=show_progress)
         self.refresh()
 
     def compress(
@@ -263,15 +259,15 @@ class Datastore(Version):
         again brings them back. Distances become a little smaller, so mixtures want to be fitted again.
 
         Args:
-            width: Numbers to keep of a key, at most those that it has. With "int8" and half of them, keys take a
-                quarter of the bytes that they take as built.
+            width: Numbers to keep of a key, at most those that it has, and fewer than there are entries. With "int8"
+                and half of them, keys take a quarter of the bytes that they take as built.
             key_dtype: "int8", or "float16" to project alone.
             index: "auto", "exact" or a FAISS factory string.
             segment_entries: Entries a segment, about.
             show_progress: Show rate and time left on stderr.
 
         Raises:
-            ConfigError: The width or the type cannot be.
+            ConfigError: The width or the type cannot be, or there are no more entries than `width`.
             DatastoreError: The keys are compressed already, there are none, another process writes, or the disk is
                 full; nothing has changed then.
         """
@@ -280,7 +276,7 @@ class Datastore(Version):
         check_factory(index, width, self.metric)
         compress_segments(
             self.path,
-            self._indexing(index, show_progress),
+            _indexing(self.path, index, show_progress),
             width=width,
             key_dtype=key_dtype,
             segment_entries=segment_entries,
@@ -334,7 +330,7 @@ class Datastore(Version):
             return merged(owners_of(self, neighbors, distance, seed, show_progress=show_progress))
         gone = prune_segments(
             self.path,
-            self._indexing(index or (before.details["factory"] if before else "auto"), show_progress),
+            _indexing(self.path, index or (before.details["factory"] if before else "auto"), show_progress),
             neighbors=neighbors,
             distance=distance,
             seed=seed,
@@ -343,15 +339,6 @@ class Datastore(Version):
         )
         self.refresh()
         return gone
-
-    def _indexing(self, factory: str, show_progress: bool) -> Callable[[Manifest], Part | None]:
-        """Return what builds the index of a version that is not published yet."""
-
-        def index_of(draft: Manifest) -> Part | None:
-            keys, name = Version(self.path, draft, verify=False).keys, f"{draft.version:06d}"
-            return build_index(keys, self.path / "index", factory, name=name, show_progress=show_progress)
-
-        return index_of
 
     def rollback(self, version: int) -> None:
         """Publish what an earlier version held as a new version.
@@ -434,14 +421,27 @@ class Datastore(Version):
 
     def history(self) -> list[dict[str, Any]]:
         """Return the versions that are kept, the oldest first, as plain values."""
-        kept = [
-            {
-                "version": manifest.version,
-                "written": manifest.written,
-                "change": manifest.change,
-                "documents": manifest.documents,
-                "entries": manifest.entries,
-            }
-            for manifest in self.manifest.history(self.path)
-        ]
-        return kept[::-1]
+        return [manifest.summary() for manifest in self.manifest.history(self.path)][::-1]
+
+
+def compact(
+    path: str | Path, *, index: str | None = None, segment_entries: int = SEGMENT_ENTRIES, show_progress: bool = False
+) -> None:
+    """Compact a datastore that is not open, because its index is damaged, say; see `Datastore.compact`."""
+    path = Path(path)
+    manifest = Manifest.load(path)
+    check_factory(index or "auto", manifest.keys["width"], manifest.metric)
+    before = manifest.index.details.get("factory") if manifest.index else None
+    factory = index or (before if isinstance(before, str) else "auto")
+    index_of = _indexing(path, factory, show_progress)
+    compact_segments(path, index_of, segment_entries=segment_entries, show_progress=show_progress)
+
+
+def _indexing(path: Path, factory: str, show_progress: bool) -> Callable[[Manifest], Part | None]:
+    """Return what builds the index of a version that is not published yet."""
+
+    def index_of(draft: Manifest) -> Part | None:
+        keys, name = Version(path, draft, verify=False).keys, f"{draft.version:06d}"
+        return build_index(keys, path / "index", factory, name=name, show_progress=show_progress)
+
+    return index_of

@@ -25,8 +25,8 @@ def fit_codec(keys: Tensor, width: int, key_dtype: str, metric: str) -> Codec:
     each number goes from its least to its greatest in the sample, in 255 steps.
 
     Args:
-        keys: Any float type, shape (n, key width); n at least 1. With fewer keys than `width`, the remaining
-            components are any that are orthogonal.
+        keys: Any float type, shape (n, key width); n at least 1. With no more keys than `width`, the remaining
+            components are any that are orthogonal, and mean nothing to other keys.
         width: Numbers to keep.
         key_dtype: "int8" or "float16".
         metric: "squared_l2" or "inner_product".

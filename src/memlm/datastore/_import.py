@@ -126,7 +126,11 @@ class Export:
             if len(keys) != entries:
                 raise ValueError(f"a row group of {entries} entries has {len(keys)} keys")
             if not keys.isfinite().all():
-                raise ValueError("keys are not finite")
+                entry, number = (~keys.isfinite()).nonzero()[0].tolist()
+                value = float(keys[entry, number])
+                raise ValueError(
+                    f"number {number} of key {entry} in row group {group} is {value}; expected finite ones"
+                )
             return keys
 
     def _read(self, group: int, columns: list[str]) -> dict[str, Any]:
@@ -199,7 +203,11 @@ def import_documents(
 
 
 def _document(name: str, text: str, metadata: str) -> Document:
+    if not name:
+        raise ValueError("it has a document whose id is ''; expected one character at least")
+    if not text.strip():
+        raise ValueError(f"the text of {name!r} is {text[:40]!r}; expected something to read")
     content = json.loads(metadata)
     if not isinstance(content, dict):
-        raise ValueError(f"the metadata of {name!r} is no JSON object")
+        raise ValueError(f"the metadata of {name!r} is {metadata[:40]!r}; expected a JSON object")
     return Document(id=name, text=text, metadata=content)

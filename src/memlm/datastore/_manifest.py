@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import DatastoreCorrupt, DatastoreError, DatastoreMismatch, FormatVersionError
 from ..evidence import METRICS
 from ..files import write_json
-from ._part import CODEC_FILE, FILE_FIELDS, SEGMENT_FILES, Part, check_deleted, check_fields, part_of
+from ._part import CODEC_FILE, FILE_FIELDS, SEGMENT_FILES, Part, check_deleted, check_fields, check_inside, part_of
 
 FORMAT = "memlm-datastore"
 FORMAT_VERSION = 4
@@ -37,7 +37,7 @@ _SHAPE: dict[str, Any] = {
     "written": str,
     "change": str,
     "kept": _KEPT,
-    "encoder": {"name": str, "architecture": str, "sha256": str, "key_site": _SITE},
+    "encoder": {"name": str, "architecture": str, "sha256": str, "dtype": str, "key_site": _SITE},
     "tokenizer": {"sha256": str, "vocab_size": int},
     "windows": {"context": int, "stride": int},
     "metric": str,
@@ -105,6 +105,18 @@ class Manifest:
         return self.corpus["complete"]
 
     @property
+    def files(self) -> dict[str, int]:
+        """Bytes of every file of every part, by its path within the datastore's folder."""
+        parts = [(f"{kind}/{part.name}", part.files) for kind, parts in self._parts.items() for part in parts]
+        return {f"{where}/{name}": file["bytes"] for where, files in parts for name, file in files.items()}
+
+    @property
+    def _parts(self) -> dict[str, tuple[Part, ...]]:
+        """Parts of each kind, by the name of the kind's folder."""
+        kinds = {"segments": self.segments, "index": (self.index,), "codec": (self.codec,)}
+        return {kind: tuple(part for part in parts if part is not None) for kind, parts in kinds.items()}
+
+    @property
     def content_sha256(self) -> str:
         """Fingerprint of everything stored, whatever the index and the names of segments: the same for every copy."""
         files = [{name: file["sha256"] for name, file in part.files.items()} for part in self.segments]
@@ -157,6 +169,8 @@ class Manifest:
             raise ValueError(f"its metric is {self.metric!r}; expected {' or '.join(METRICS)}")
         if not 0 < self.tokenizer["vocab_size"] <= MOST_TOKENS:
             raise ValueError(f"its vocabulary has {self.tokenizer['vocab_size']} tokens; expected 1 to {MOST_TOKENS}")
+        if min(self.windows["context"], self.windows["stride"]) < 1:
+            raise ValueError(f"its windows are {self.windows}; expected a context and a stride of at least 1")
         if self.encoder_keys["dtype"] not in KEY_TYPES or not 0 < self.encoder_keys["width"] < 1 << 31:
             raise ValueError(f"its keys are {self.encoder_keys}; expected float16 or bfloat16 of a positive width")
         if self.codec is not None and (
@@ -238,8 +252,11 @@ class Manifest:
                 current = newer
 
     @classmethod
-    def read(cls, path: Path, version: int, sha256: str) -> Manifest:
-        """Read one version of the datastore at `path`, known by the checksum of its manifest; raises as `load` does."""
+    def read(cls, path: Path, version: int, sha256: str | None) -> Manifest:
+        """Read one version of the datastore at `path`, known by the checksum of its manifest; raises as `load` does.
+
+        None takes the checksum that the manifest itself gives.
+        """
         file = path / manifest_name(version)
         try:
             content = _parsed(file)
@@ -256,9 +273,10 @@ class Manifest:
                     f"{path} has format version {content['format_version']}, from before memlm's first release; this "
                     f"memlm reads {FORMAT_VERSION}: build again"
                 )
-            if content.pop("sha256") != content_sha256(content):
+            written, digest = content.pop("sha256"), content_sha256(content)
+            if written != digest:
                 raise ValueError("its content does not match its checksum")
-            if content_sha256(content) != sha256:
+            if sha256 not in (digest, None):
                 raise ValueError("it is another one than the version after it, or current.json, names")
             content.pop("format"), content.pop("format_version")
             return cls.of(content, version)
@@ -286,6 +304,17 @@ class Manifest:
         manifest = cls(**others, segments=segments, **parts)
         manifest._check_values(version)
         return manifest
+
+    def check_files(self, path: Path) -> None:
+        """Raise DatastoreCorrupt where a file is missing, lies outside the datastore, or has another size."""
+        for kind, parts in self._parts.items():
+            for part in parts:
+                part.check(path / kind, contents=False)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a list of versions shows, as plain values."""
+        names = ("version", "written", "change", "documents", "entries")
+        return {name: getattr(self, name) for name in names}
 
     def history(self, path: Path) -> Iterator[Manifest]:
         """Yield this version and those before it that are kept, the newest first; raises as `load` does."""
@@ -334,6 +363,9 @@ def read_current(path: Path) -> dict[str, Any]:
 
 def _parsed(file: Path) -> Any:
     """Read a file that `write_json` wrote."""
+    check_inside(file, file.parent)
+    if file.exists() and not file.is_file():
+        raise ValueError("it is no regular file")  # a pipe or a device may have no end
     text = file.read_text(encoding="utf-8")
     if not text.endswith("\n"):
         raise ValueError("it is truncated")
@@ -341,8 +373,15 @@ def _parsed(file: Path) -> Any:
 
 
 def content_sha256(content: dict[str, Any]) -> str:
-    """Return the checksum of a manifest: of its JSON without this field, in ASCII, keys sorted, no white space."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """Return the checksum of a manifest: of its JSON without this field, in ASCII, keys sorted, no white space.
+
+    Raises:
+        ValueError: It holds what no later version could be written with: NaN, infinity, or half a character.
+    """
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    if "\\ud" in text:
+        json.dumps(content, ensure_ascii=False).encode()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _site(encoder: dict[str, Any]) -> str:

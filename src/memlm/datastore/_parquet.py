@@ -11,7 +11,6 @@ import json
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import json_bytes
 from ._manifest import FIRST_KEPT, Manifest, content_sha256, now
 from ._part import check_fields
 from ._segment import value_type
@@ -119,7 +118,6 @@ def checked_settings(text: bytes) -> tuple[dict[str, Any], Manifest]:
     if settings["format_version"] != FORMAT_VERSION:  # checked first: nothing else is known of another one
         raise ValueError(f"its format version is {settings['format_version']!r}; this memlm reads {FORMAT_VERSION}")
     check_fields(settings, _SHAPE, "the metadata")
-    json_bytes(settings)  # what no manifest can hold, such as half a character or NaN, is noticed here
     if settings.pop("sha256") != content_sha256(settings):
         raise ValueError("its metadata does not match its checksum")
     content = {name: settings[name] for name in ("encoder", "tokenizer", "windows", "metric", "keys")}

@@ -46,11 +46,9 @@ class Part:
         Raises:
             DatastoreCorrupt: A file is missing, lies outside the datastore, has another size or other content.
         """
-        home = folder.parent.resolve()
         for name, expected in self.files.items():
             path = folder / self.name / name
-            if not path.resolve().is_relative_to(home):
-                raise DatastoreCorrupt(f"{path} is a link out of the datastore; put the file itself in its place")
+            check_inside(path, folder.parent)
             if not path.is_file():
                 raise DatastoreCorrupt(f"{path} is missing; restore it from a copy or build again")
             size = path.stat().st_size
@@ -91,6 +89,16 @@ class Part:
         return cls(name=name, files=files, details=details)
 
 
+def check_inside(path: Path, home: Path) -> None:
+    """Raise DatastoreCorrupt where a path leads out of the datastore's folder by a link, or in a circle."""
+    try:
+        inside = path.resolve().is_relative_to(home.resolve())
+    except (OSError, RuntimeError):  # which of them depends on Python's version
+        inside = False
+    if not inside:
+        raise DatastoreCorrupt(f"{path} is a link out of the datastore; put the file itself in its place")
+
+
 def part_of(item: dict[str, Any]) -> Part:
     """Return the part that a manifest describes; raise ValueError or TypeError where it cannot be one."""
     part = Part(**item)
@@ -116,7 +124,7 @@ def check_fields(value: Any, shape: Any, where: str) -> None:
     """Raise ValueError unless a JSON value has the types that `shape` asks for; whole numbers may not be negative."""
     kind = shape if isinstance(shape, type) else type(shape)
     if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
-        wanted = "a whole number" if kind is int else kind.__name__
+        wanted = "a whole number, not negative" if kind is int else kind.__name__
         raise ValueError(f"{where} is {str(value)[:40]!r}; expected {wanted}")
     if isinstance(shape, dict):
         for name, inner in shape.items():

@@ -71,16 +71,19 @@ def prune_segments(
 
     Returns:
         How many entries were merged into others.
+
+    Raises:
+        DatastoreCorrupt: A file does not match its checksum; its copy would get a new one.
     """
     with writing(path, "prune") as manifest:
-        version = Version(path, manifest, verify=False)
+        old, version = Directory.open(path, manifest, verify=True), Version(path, manifest, verify=False)
         owners = owners_of(version, neighbors, distance, seed, show_progress=show_progress)
         gone = merged(owners)
         if not gone:
             return 0
         counts = np.bincount(owners, version.counts, minlength=version.slots).astype(np.uint32)
-        old, draft = Directory.open(path, manifest), manifest.following(f"prune {count(gone, 'entry', 'entries')}")
         parts = np.split(counts, version.keys.starts[1:-1])
+        draft = manifest.following(f"prune {count(gone, 'entry', 'entries')}")
         rewrite(path, old, draft, index_of, counts=parts, segment_entries=segment_entries, show_progress=show_progress)
         return gone
 

@@ -171,7 +171,7 @@ def plain_metadata(document: Any) -> dict[str, Any]:
     """
     try:
         return json.loads(json.dumps(dict(document.metadata), default=str))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise CorpusError(f"the metadata of {document.id!r} cannot be stored as JSON: {error}") from error
 
 
@@ -265,7 +265,8 @@ class Segment:
         """Return a document's id, sha256, metadata and text."""
         try:
             document = json.loads(self.line(number))
-            if all(isinstance(document[name], str) for name in ("id", "sha256", "text")) and "metadata" in document:
+            named = all(isinstance(document[name], str) for name in ("id", "sha256", "text"))
+            if named and isinstance(document["metadata"], dict):
                 return document
         except (ValueError, TypeError, KeyError, RecursionError):
             pass

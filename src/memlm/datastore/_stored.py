@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,10 +57,16 @@ class Directory:
         self.deleted: list[npt.NDArray[np.bool_]] = [part.deleted for part in manifest.segments]
 
     @classmethod
-    def open(cls, path: Path, manifest: Manifest) -> Directory:
-        """Open the segments of a version, too; raises `DatastoreCorrupt`."""
+    def open(cls, path: Path, manifest: Manifest, *, verify: bool = False) -> Directory:
+        """Open the segments of a version, too; raises `DatastoreCorrupt`.
+
+        Args:
+            path: The datastore's folder.
+            manifest: The version.
+            verify: Compare every file with its checksum; otherwise only with its size.
+        """
         for part in manifest.segments:
-            part.check(path / "segments", contents=False)
+            part.check(path / "segments", contents=verify)
         return cls(open_segments(path, manifest), manifest)
 
     def live(self) -> npt.NDArray[np.bool_]:
@@ -97,8 +104,7 @@ class Directory:
     def holds(self, place: Place, document: Document) -> bool:
         """Tell whether the text and the metadata that lie at a place are those of a document."""
         same = self.segments[place.segment].texts[place.number].tobytes() == sha256(document.text)
-        # as text, because NaN equals nothing
-        return same and json.dumps(self.document(place)["metadata"]) == json.dumps(plain_metadata(document))
+        return same and canonical(self.document(place)["metadata"]) == canonical(plain_metadata(document))
 
     def chosen(self, ids: Iterable[str], pattern: str | None, where: Mapping[str, Any]) -> list[Place]:
         """Return the documents with these ids, and those that fit the pattern and the metadata, in their order.
@@ -106,11 +112,12 @@ class Directory:
         Args:
             ids: All of them must be there.
             pattern: Of ids, as in a shell: `*`, `?`, `[a-z]`; None leaves it to the metadata.
-            where: Metadata that must be equal.
+            where: Metadata that must be equal, as JSON is: 1 and 1.0 are, 1 and true are not.
 
         Raises:
             ConfigError: An id is not stored.
         """
+        wanted = {name: canonical(value) for name, value in where.items()}
         places, missing = [], []
         for name in ids:
             place = self.with_id(name)
@@ -123,9 +130,23 @@ class Directory:
                 document = self.document(place)
                 metadata = document["metadata"]
                 fits = pattern is None or fnmatch.fnmatchcase(document["id"], pattern)
-                if fits and all(name in metadata and metadata[name] == value for name, value in where.items()):
+                if fits and all(name in metadata and canonical(metadata[name]) == wanted[name] for name in wanted):
                     places.append(place)
         return sorted(set(places))
+
+
+def names(text: str, document_id: str) -> bool:
+    """Tell whether a manifest's words on where documents came from end in a document's id: it was a file's name."""
+    return re.search(rf"(^|[/ ]){re.escape(document_id)}(,|$)", text) is not None
+
+
+def canonical(value: Any) -> str:
+    """Return a JSON value as text that is the same for equal values, whatever the order of fields.
+
+    Python's own comparison would not do: to it NaN equals nothing, and true is 1.
+    """
+    whole = isinstance(value, float) and value.is_integer()
+    return json.dumps(int(value) if whole else value, sort_keys=True, default=str)
 
 
 def with_deleted(manifest: Manifest, directory: Directory, places: Iterable[Place]) -> tuple[Part, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from ..files import json_bytes
 from ..progress import progress
 from ._manifest import CURRENT, Manifest, manifest_name
 from ._segment import Segment, sha256
-from ._stored import Directory, open_segments
+from ._stored import Directory, names, open_segments
 from ._version import Version
 
 _SAMPLE = 4096  # keys of a segment that are looked at
@@ -58,10 +57,8 @@ def verify(path: str | Path, *, show_progress: bool = False) -> list[str]:
     for manifest in versions:
         try:
             if all(("segments", part.name) in sound for part in manifest.segments):
-                new = tuple(part for part in manifest.segments if part.name not in checked)
-                for segment in open_segments(path, replace(manifest, segments=new)):
-                    found += wrong(segment, manifest)
-                    checked.add(segment.name)
+                directory = Directory(open_segments(path, manifest), manifest)
+                found += wrong(directory, manifest, checked)
                 others = (("index", manifest.index), ("codec", manifest.codec))
                 if all(part is None or (kind, part.name) in sound for kind, part in others):
                     Version(path, manifest, verify=False)
@@ -73,7 +70,7 @@ def verify(path: str | Path, *, show_progress: bool = False) -> list[str]:
 def _altered(file: Path) -> str:
     """Say so where the bytes of a manifest are not those that `write_json` writes, whatever they mean; "" otherwise."""
     try:
-        data = file.read_bytes()
+        data = file.read_bytes() if file.is_file() else b""  # a pipe or a device may have no end
         if data == json_bytes(json.loads(data)):
             return ""
     except (OSError, ValueError, RecursionError):
@@ -81,7 +78,23 @@ def _altered(file: Path) -> str:
     return f"{file} is not as it was written; restore it from a copy"
 
 
-def wrong(segment: Segment, manifest: Manifest) -> Iterator[str]:
+def wrong(directory: Directory, manifest: Manifest, checked: set[str] | None = None) -> Iterator[str]:
+    """Yield what does not fit together in the segments of a version, but those whose names are in `checked`."""
+    checked = set() if checked is None else checked
+    for segment in directory.segments:
+        if segment.name not in checked:
+            yield from _wrong(segment, manifest)
+            checked.add(segment.name)
+    seen: set[bytes] = set()
+    for place in directory:
+        digest = directory.segments[place.segment].ids[place.number].tobytes()
+        if digest in seen:
+            name = directory.document(place)["id"]
+            yield f"version {manifest.version} has two documents with the id {name!r}; remove one, or restore a copy"
+        seen.add(digest)
+
+
+def _wrong(segment: Segment, manifest: Manifest) -> Iterator[str]:
     """Yield what does not fit together within a segment."""
     for number in range(segment.documents):
         document = segment.document(number)
@@ -122,6 +135,8 @@ def audit(path: str | Path, document_id: str, text: str | None = None) -> list[s
         if place is not None:
             advice = "remove it" if manifest == current else "compact the datastore"
             found.append(f"version {manifest.version} holds it: {advice}")
+        elif names(manifest.corpus["source"], document_id) or names(manifest.change, document_id):
+            found.append(f"version {manifest.version} names it as a source: compact the datastore")
     needles = {"its id": [b'{"id": ' + json.dumps(document_id).encode() + b", ", sha256(document_id)]}
     if text is not None:
         escaped = json.dumps(text, ensure_ascii=True)[1:-1].encode()

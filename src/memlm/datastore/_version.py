@@ -15,13 +15,12 @@ from torch import Tensor
 
 from ..errors import ConfigError, DatastoreCorrupt, ShapeError
 from ..evidence import INNER_PRODUCT, Found
-from ..index import Index, open_index
+from ..index import HOW, Index, open_index
 from ..neighbors import Neighbors
 from ..text import count
 from ._codec import Codec
 from ._keys import StoredKeys
 from ._manifest import Manifest
-from ._part import Part
 from ._segment import Segment
 from ._stored import Directory, Place, open_segments
 
@@ -227,7 +226,7 @@ class Version:
 
     def _checked(self, found: Neighbors) -> Neighbors:
         if found.entries.max(initial=0) >= max(1, self.slots):
-            raise DatastoreCorrupt(f"the index of {self.path} names entries that do not exist; rebuild it")
+            raise DatastoreCorrupt(f"the index of {self.path} names entries that do not exist; rebuild it {HOW}")
         return found
 
     def lookup(self, queries: npt.NDArray[np.float32], k: int, exclude: npt.NDArray[np.int64] | None = None) -> Found:
@@ -348,14 +347,13 @@ class Version:
         """Return numbers, sizes and settings, as plain values."""
         manifest = self.manifest
         live = True if self.live is None else self.live
-        parts: list[Part] = [*manifest.segments, *(item for item in (manifest.codec, manifest.index) if item)]
         return {
             "path": str(self.path),
             "version": manifest.version,
             "created": manifest.created,
             "entries": len(self),
             "documents": manifest.documents,
-            "bytes": sum(file["bytes"] for part in parts for file in part.files.values()),
+            "bytes": sum(manifest.files.values()),
             "segments": len(manifest.segments),
             "deleted": manifest.slots - manifest.entries,
             "merged": 0 if self.counts is None else int(self.counts.sum(where=live)) - len(self),

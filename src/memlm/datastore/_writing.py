@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import DatastoreError
+from ..errors import DatastoreCorrupt, DatastoreError
 from ..files import write_json
 from ._manifest import FIRST_KEPT, Manifest, now
 from ._part import CODEC_FILE, SEGMENT_FILES, Part
@@ -117,9 +117,14 @@ def sweep(path: Path, manifest: Manifest | None) -> None:
             item.unlink(missing_ok=True)
     for name, numbers in (("segments", segments), ("index", indexes), ("codec", codecs)):
         folder = path / name
+        if folder.is_symlink():  # what it leads to is not ours to remove
+            raise DatastoreCorrupt(f"{folder} is a link; put the folder itself in its place")
         for item in list(folder.iterdir()) if folder.is_dir() else []:
             if _NUMBERED.fullmatch(item.name) and int(item.name) not in numbers:
-                shutil.rmtree(item, ignore_errors=True)
+                if item.is_symlink() or not item.is_dir():
+                    item.unlink()
+                else:
+                    shutil.rmtree(item, ignore_errors=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 

@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import IndexError_
+from ..errors import DatastoreCorrupt, IndexError_
 from ._exact import ExactIndex as ExactIndex
+from ._faiss import HOW as HOW
 from ._faiss import FaissIndex as FaissIndex
 from ._faiss import build_faiss, empty_index
 from ._protocol import Index as Index
@@ -92,9 +93,12 @@ def open_index(keys: Keys, folder: Path, part: Part | None, known: Index | None 
     if part is None:
         return ExactIndex(keys)
     if part.details["kind"] != "faiss":
-        raise IndexError_(f"the index of kind {part.details['kind']!r} is not known here; rebuild it with --index auto")
+        raise IndexError_(f"the index of kind {part.details['kind']!r} is not known here; rebuild it {HOW}")
     known = known.older if isinstance(known, TailedIndex) else known
     if not isinstance(known, FaissIndex) or known.part != part:
-        part.check(folder, contents=verify)
+        try:
+            part.check(folder, contents=verify)
+        except DatastoreCorrupt as error:
+            raise DatastoreCorrupt(f"{error}, or rebuild it {HOW}") from error
     index = FaissIndex(keys, folder, part, known)
     return index if part.details["entries"] == keys.slots else TailedIndex(index, ExactIndex(keys, index.entries))

@@ -31,6 +31,8 @@ _TRAINING_KEYS_A_LIST = 48  # FAISS warns below 39
 _TARGET_RECALL = 0.985
 _SAMPLE = 256  # queries on which recall is measured
 _RERANK_FACTOR = 2
+_DETAILS = {"factory": str, "lists": int, "recall": (int, float), "recall_k": int, "recall_queries": int}
+HOW = "by `memlm compact DATASTORE --index auto`"
 _FETCHED_AT_ONCE = 1 << 24  # proposals of one search without selector
 # Not their subclasses, which may compute distances in ways of their own
 _STORES_KEYS = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat, faiss.IndexNSGFlat)
@@ -75,10 +77,16 @@ class FaissIndex:
             lists = ivf.invlists if ivf is not None else None
             if lists is not None and isinstance(faiss.downcast_InvertedLists(lists), faiss.OnDiskInvertedLists):
                 raise ValueError("its lists lie in another file, which no checksum covers")
+            for name, kind in _DETAILS.items():
+                if not isinstance(part.details[name], kind):
+                    raise TypeError(f"its {name} is {str(part.details[name])[:40]!r}")
             _set_nprobe(self._faiss, nprobe)
         except (RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
             where = folder / part.name
-            raise IndexError_(f"the index {where} does not fit its datastore: {error}; rebuild it") from error
+            raise IndexError_(f"the index {where} does not fit its datastore: {error}; rebuild it {HOW}") from error
+        except MemoryError as error:
+            where = folder / part.name
+            raise IndexError_(f"the index {where} wants more memory than there is; rebuild it {HOW}") from error
 
     @property
     def entries(self) -> int:
@@ -105,8 +113,11 @@ class FaissIndex:
         """See `Index.search`."""
         fetch = min(k if self.details["stores_keys"] else _RERANK_FACTOR * k, self._faiss.ntotal)
         live = None if self._keys.live is None else self._keys.live[: self._faiss.ntotal]
-        found = propose(self._faiss, queries, fetch, exclude, live)
-        return found if self.details["stores_keys"] else rerank(self._keys, queries, found, k)
+        try:
+            found = propose(self._faiss, queries, fetch, exclude, live)
+            return found if self.details["stores_keys"] else rerank(self._keys, queries, found, k)
+        except (RuntimeError, IndexError) as error:  # it names lists or entries that are not there
+            raise IndexError_(f"the index cannot be searched: {_reason(error)}; rebuild it {HOW}") from error
 
 
 def build_faiss(keys: Keys, folder: Path, factory: str, name: str, *, show_progress: bool) -> Part:
@@ -180,7 +191,7 @@ def propose(
             found = _searched(index, queries, k, allowed, params=parameters(sel=selector, nprobe=lists.nprobe))
         except RuntimeError as error:
             raise IndexError_(
-                f"this kind of index cannot leave out a document: {_reason(error)}; rebuild it"
+                f"this kind of index cannot leave out a document: {_reason(error)}; rebuild it {HOW}"
             ) from error
         return _sorted(found)
     return _widened(index, queries, k, allowed)
@@ -254,7 +265,7 @@ def empty_index(factory: str, width: int, metric: str) -> Any:
     return index
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """Return what FAISS complains of, without the place in its source."""
     return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", str(error).strip().splitlines()[0])
 

@@ -68,10 +68,7 @@ def push(
         alone = manifest.alone()
         alone.publish(Path(folder))
         files = {item.name: item for item in Path(folder).iterdir()}
-        parts = [("segments", part) for part in alone.segments]
-        parts += [(kind, part) for kind, part in (("index", alone.index), ("codec", alone.codec)) if part is not None]
-        for kind, part in parts:
-            files |= {f"{kind}/{part.name}/{name}": Path(path) / kind / part.name / name for name in part.files}
+        files |= {name: Path(path) / name for name in alone.files}
         size = sum(file.stat().st_size for file in files.values())
         url = api.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
         before = api.dataset_info(repository)
