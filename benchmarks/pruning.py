@@ -23,6 +23,7 @@ import memlm
 from benchmarks.compression import HELD_OUT, RESULTS
 from benchmarks.knn_lm import TOKENS, cut_documents, pieces, report
 from memlm.datastore._compact import rewrite
+from memlm.datastore._datastore import _indexing
 from memlm.datastore._stored import Directory
 from memlm.datastore._writing import writing
 from memlm.evaluation._retrieval import Retrieved, Text, gather, retrieve
@@ -81,7 +82,7 @@ def leave_at_random(memory: memlm.Datastore, left: int) -> None:
         counts[np.random.default_rng(0).choice(len(memory), left, replace=False)] = 1
         parts = np.split(counts, memory.keys.starts[1:-1])
         rewrite(
-            memory.path, old, draft, memory._indexing(INDEX, False), counts=parts, segment_entries=1 << 18,
+            memory.path, old, draft, _indexing(memory.path, INDEX, False), counts=parts, segment_entries=1 << 18,
             show_progress=False,
         )  # fmt: skip
     memory.refresh()
