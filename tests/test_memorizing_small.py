@@ -91,6 +91,29 @@ def test_a_memory_that_is_broken_recalls_less(trained, monkeypatch):
         assert long_of(trained) > right + 1
 
 
+def test_an_approximate_search_is_nearly_as_good_and_a_bad_one_is_not(trained, monkeypatch):
+    """Of what exact search finds, a share is lost, at random."""
+
+    def lossy(share):
+        generator = torch.Generator().manual_seed(0)
+
+        def search(queries, keys, places, before, k):
+            slots, present = nearest_keys(queries, keys, places, before, k)
+            return slots, present & (torch.rand(present.shape, generator=generator) >= share)
+
+        return search
+
+    losses = []
+    for share in (0.0, 0.1, 0.5):
+        with monkeypatch.context() as patch:
+            patch.setattr("memlm.layers._ring.nearest_keys", lossy(share))
+            losses.append(long_of(trained))
+    exact, most, half = losses
+    assert exact == long_of(trained)
+    assert exact < most < exact + 0.4
+    assert half > most + 0.4
+
+
 def farthest(queries, keys, places, before, k):
     return nearest_keys(-queries, keys, places, before, k)
 
