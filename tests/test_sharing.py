@@ -254,7 +254,7 @@ def test_a_newer_format_is_told_from_damage(hub, place):
     ((name, data),) = held.items()
     hub.repositories[NAME].commit({name: json.dumps(json.loads(data) | {"format_version": 99}).encode() + b"\n"}, ())
     assert refused("pull", NAME, "again", place=place).startswith(
-        f"memlm: {NAME} has format version 99; this memlm reads up to 3: install a newer memlm"
+        f"memlm: {NAME} has format version 99; this memlm reads up to 4: install a newer memlm"
     )
 
 
