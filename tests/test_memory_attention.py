@@ -37,7 +37,7 @@ def streamed(form, size=20, top_k=5, segments=6, tokens=7):
         for parameter in memory.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         if "drop_off" in form:
-            memory.forgetting.add_(13.0)  # so that it shows
+            memory.forgetting.add_(5.0)  # so that it shows: e⁻² nats a token
     layers = [Layer(attention, memories.settings, memory) for _ in range(2)]
     passed = []
     attention.register_forward_hook(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from ._rotary import Rotary
 
 _SCALE = 10.0  # of normalized queries and keys: with 1, attention could not be sharp
 _NULL = 4.0  # about the log mass of 32 entries that match a little
-_FORGETTING = -15.0  # log of the nats that an entry loses a token: at first it is nothing
+_FORGETTING = math.log(1e-3)  # of the nats that an entry loses a token; with less, large memories do harm at first
 
 
 class Local(NamedTuple):

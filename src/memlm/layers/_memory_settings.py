@@ -35,7 +35,8 @@ class AttentionMemorySettings:
         positions: Of the keys that are read, in models with rotary positions: `none`, where the query stands; `first`,
             where the first key stands that the query sees in local attention (Tworkowski et al. 2023); `rebased`, one
             after the other before that one, in the order of the text.
-        drop_off: `none`, or `age`: every head learns how much less an entry counts the older it is.
+        drop_off: `none`, or `age`: every head learns how much less an entry counts the older it is; at first its score
+            falls by 0.001 a token.
         projections: `shared`, memory and local attention have all of them in common (Wu et al. 2022). `own_queries`
             adds a projection for queries to memory, which starts as a copy.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
@@ -12,7 +10,6 @@ from ..layers import AttentionMemories, memorize
 from ..training import StreamBatch
 
 _SCALE = 20.0  # of the last layer's queries and keys, whose length is 1
-_FORGETTING = 1e-3  # nats that an entry of the memory loses a token, at first
 
 
 class CopyingLM(nn.Module):
@@ -82,8 +79,6 @@ class CopyingLM(nn.Module):
         memory = memorize(self.lm, [-1], size=size, top_k=top_k, normalize="l2", drop_off=drop_off if size else "none")
         (added,) = memory.memories.values()
         added.scale.data.fill_(_SCALE)
-        if size and drop_off == "age":
-            added.forgetting.data.fill_(math.log(_FORGETTING))
         return memory
 
 
