@@ -163,6 +163,7 @@ def test_entries_are_merged(world, place):
     assert Datastore("memory").index.details["factory"] == "IVF2,Flat"
     again = result_of("prune", "memory", "--neighbors", "0")
     assert (again["merged"], again["version"], again["dry_run"]) == (0, result["version"], False)
+    assert " merged into others, so nothing was written; now " in run("prune", "memory", "--neighbors", "0").out
 
 
 def test_verify_finds_damage(place):

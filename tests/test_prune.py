@@ -334,10 +334,10 @@ def test_exports_know_what_is_pruned(memory, tmp_path, keys):
 
 
 @pytest.mark.parametrize(
-    ("column", "number", "words"),
-    [("counts", 0, "entries of 'd0' are not in order"), ("positions", 2, "entries of 'd0' are not in order")],
+    ("column", "last"),
+    [("counts", [0]), ("counts", [1 << 31] * 2), ("positions", [2]), ("positions", [(1 << 32) - 1])],
 )
-def test_damaged_exports_are_refused(memory, tmp_path, column, number, words):
+def test_damaged_exports_are_refused(memory, tmp_path, column, last):
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -349,13 +349,13 @@ def test_damaged_exports_are_refused(memory, tmp_path, column, number, words):
     with parquet.ParquetWriter(file, opened.schema_arrow, use_dictionary=False, write_page_checksum=True) as writer:
         for table in groups:
             lists = table[column].to_pylist()
-            lists[0][1:2] = [number]
+            lists[0][-len(last) :] = last
             place = table.schema.get_field_index(column)
             kind = table.schema.field(column)
             table = table.set_column(place, kind, pyarrow.array(lists, kind.type))
             writer.write_table(table, row_group_size=len(table))
         writer.add_key_value_metadata(opened.metadata.metadata)
-    with pytest.raises(DatastoreCorrupt, match=words):
+    with pytest.raises(DatastoreCorrupt, match="entries of 'd0' have positions or counts that cannot be"):
         Datastore.from_parquet(file, tmp_path / "other", **QUIET)
     assert Export(file).documents == 8
 
@@ -415,6 +415,13 @@ def test_frequencies_count_what_was_merged(memory):
     frequency, known = after[:, 0].exp() - 1, before[:, 0].exp() - 1
     assert float((frequency - known).abs().max()) <= 8 + 1e-3  # a document whose last entry was merged: one off
     assert bool((after[:, 1] <= before[:, 1] + 1e-6).all())
+
+
+def test_all_that_a_last_entry_stands_for_but_one_is_followed(tmp_path):
+    memory = build(tmp_path / "memory", source=[Document("one", "a" * 60)])
+    before = memory.statistics()
+    assert (memory.prune(8, **QUIET), len(memory)) == (59, 1)
+    torch.testing.assert_close(memory.statistics()[:, 0], before[:, 0])
 
 
 # With a language model
@@ -522,12 +529,26 @@ def test_tensors_that_cannot_be_are_refused_though_their_checksum_is_right(memor
         Datastore(memory.path)
 
 
-def test_positions_out_of_order_are_found(memory):
-    memory.prune(0, **QUIET)
-    rewrite(memory.path, {"positions": [7, 7]})
+@pytest.mark.parametrize("change", [{"positions": [7, 7]}, {"counts": [1 << 31, 1 << 31]}, {"positions": [0, 1, 60]}])
+def test_positions_and_counts_that_cannot_be_are_found(tmp_path, change):
+    """Out of order; more than a document can have; a place behind the last one."""
+    memory = build(tmp_path / "memory", source=[Document("one", "ab" * 30)])
+    assert (memory.prune(0, **QUIET), len(memory)) == (57, 3)
+    rewrite(memory.path, change)
     assert [line.split(": ")[1] for line in verify(memory.path)] == [
-        "entries of document 0 are not in order; restore it from a copy"
+        "entries of document 0 have positions or counts that cannot be; restore it from a copy"
     ]
+
+
+def test_counts_that_overflow_lose_no_entry(memory):
+    """Two that are merged would count 2³² or more, and as a uint32 perhaps 0."""
+    memory.prune(0, **QUIET)
+    rewrite(memory.path, {"counts": np.full(len(memory._segments[0].values), (1 << 32) - 1, np.uint32)})
+    memory = Datastore(memory.path)
+    before = content(memory)
+    with pytest.raises(DatastoreCorrupt, match="has a document whose entries stand for too many; restore it"):
+        memory.prune(4096, **QUIET)
+    assert content(Datastore(memory.path)) == before
 
 
 def rewrite(path, change):

@@ -26,7 +26,10 @@ def prune(
     ] = None,
     json: common.Json = False,
 ) -> None:
-    """Merge entries of a document with the same next token and near keys; what was deleted leaves the disk, too."""
+    """Merge entries of a document with the same next token and near keys.
+
+    Where there are any, what was deleted leaves the disk, too, as by `memlm compact`; otherwise nothing is written.
+    """
     from ..datastore import Datastore
 
     memory = Datastore(datastore)
@@ -35,7 +38,9 @@ def prune(
     merged = memory.prune(neighbors, **settings)
     after = common.size(datastore)
     done = f"{merged:,} of {common.count(entries, 'entry', 'entries')}"
-    done += " would be merged into others" if dry_run else f" merged into others, {decimal(before)} → {decimal(after)}"
+    done += " would be merged into others" if dry_run else " merged into others"
+    if not dry_run:
+        done += f", {decimal(before)} → {decimal(after)}" if merged else ", so nothing was written"
     common.emit(
         {"merged": merged, "dry_run": dry_run, "bytes_before": before, "bytes": after, **common.state(memory)},
         f"{datastore}: {done}; {common.described_state(memory)}",

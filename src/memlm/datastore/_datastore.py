@@ -302,8 +302,9 @@ class Datastore(Version):
         others. What an entry counts for multiplies its weight in p_kNN. No entry counts for one of another document, so
         removing a document goes on to remove all that it contributed, and nothing else.
 
-        Everything deleted leaves the disk, as by `compact`, and so do the merged entries: only building again brings
-        them back. Documents that are added later are not pruned. Mixtures want to be fitted again.
+        Where any are merged, everything deleted leaves the disk, as by `compact`, and so do the merged entries: only
+        building again brings them back. Documents that are added later are not pruned. Mixtures want to be fitted
+        again.
 
         Args:
             neighbors: Nearest entries, in the whole datastore, among which each looks; 0 merges equal keys alone, and

@@ -113,7 +113,7 @@ class Export:
                     raise ValueError(f"entries of {document.id!r} lie outside its text")
                 pruned = None if left is None else Pruned(*(part[start:stop] for part in left))
                 if pruned is not None and not pruned.sound:
-                    raise ValueError(f"entries of {document.id!r} are not in order")
+                    raise ValueError(f"entries of {document.id!r} have positions or counts that cannot be")
                 rows.append(Stored.with_entries(document, values[start:stop], mine, pruned))
             return rows
 

@@ -16,13 +16,14 @@ import numpy.typing as npt
 import torch
 
 from .. import ops
-from ..errors import ConfigError
+from ..errors import ConfigError, DatastoreCorrupt
 from ..evidence import INNER_PRODUCT
 from ..progress import progress
 from ..text import count
 from ._compact import rewrite
 from ._manifest import Manifest
 from ._part import Part
+from ._pruned import MOST_ENTRIES
 from ._segment import Segment
 from ._stored import Directory
 from ._version import Version
@@ -36,11 +37,11 @@ _MOST_NEIGHBORS = 1 << 12
 def check_pruning(neighbors: Any, distance: Any, seed: Any, metric: str) -> None:
     """Raise ConfigError unless a datastore of this metric can be pruned so."""
     if type(neighbors) is not int or not 0 <= neighbors <= _MOST_NEIGHBORS:
-        raise ConfigError(f"neighbors is {neighbors}; expected 0 (only equal keys) to {_MOST_NEIGHBORS:,}")
+        raise ConfigError(f"neighbors is {neighbors!r}; expected 0 (only equal keys) to {_MOST_NEIGHBORS:,}")
     if distance is not None and not (isinstance(distance, int | float) and distance >= 0):
         raise ConfigError(f"distance is {distance!r}; expected a squared distance of at least 0")
     if type(seed) is not int or not 0 <= seed < 1 << 63:
-        raise ConfigError(f"seed is {seed}; expected a whole number from 0, below 2⁶³")
+        raise ConfigError(f"seed is {seed!r}; expected a whole number from 0, below 2⁶³")
     if neighbors and metric == INNER_PRODUCT:
         raise ConfigError(
             f"neighbors is {neighbors}, but keys that are searched by inner product have no near ones; pass 0, which "
@@ -78,7 +79,10 @@ def prune_segments(
         gone = merged(owners)
         if not gone:
             return 0
-        counts = np.bincount(owners, version.counts, minlength=version.slots).astype(np.uint32)
+        counts = np.bincount(owners, version.counts, minlength=version.slots)
+        if counts.max() > MOST_ENTRIES:  # as uint32 it might be 0, and the entry would be gone
+            raise DatastoreCorrupt(f"{path} has a document whose entries stand for too many; restore it from a copy")
+        counts = counts.astype(np.uint32)
         old = Directory.open(path, manifest, verify=True)
         draft = manifest.following(f"prune {count(gone, 'entry', 'entries')}")
         parts = np.split(counts, version.keys.starts[1:-1])

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+MOST_ENTRIES = (1 << 32) - 1  # of a document: positions and counts are uint32
+
 
 class Pruned(NamedTuple):
     """What is left of a pruned document's entries; see `Datastore.prune`.
@@ -31,5 +33,7 @@ class Pruned(NamedTuple):
 
     @property
     def sound(self) -> bool:
-        """Whether the numbers are such as can be."""
-        return bool((np.diff(self.positions.astype(np.int64)) > 0).all() and (self.counts > 0).all())
+        """Whether the numbers are such as can be: entries add up to a document that has all these positions."""
+        total = int(self.counts.sum(dtype=np.int64))
+        fits = total <= MOST_ENTRIES and self.positions.max(initial=0) < max(1, total)
+        return bool(fits and (np.diff(self.positions.astype(np.int64)) > 0).all() and (self.counts > 0).all())

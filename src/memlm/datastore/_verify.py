@@ -105,7 +105,8 @@ def _wrong(segment: Segment, manifest: Manifest) -> Iterator[str]:
         if len(spans) and (spans.max() > len(document["text"]) or (spans[:, 0] > spans[:, 1]).any()):
             yield f"{segment.folder}: entries of document {number} lie outside its text; restore it from a copy"
         if not segment.pruned(number).sound:
-            yield f"{segment.folder}: entries of document {number} are not in order; restore it from a copy"
+            what = f"entries of document {number} have positions or counts that cannot be"
+            yield f"{segment.folder}: {what}; restore it from a copy"
     if segment.entries and segment.values.max() >= manifest.tokenizer["vocab_size"]:
         yield f"{segment.folder}: token ids lie outside the vocabulary; restore it from a copy"
     rows = np.unique(np.linspace(0, max(0, segment.entries - 1), min(segment.entries, _SAMPLE)).astype(np.int64))

@@ -254,9 +254,11 @@ class Version:
             float32, shape (vocabulary, 2).
         """
         size = self.manifest.tokenizer["vocab_size"]
-        live = True if self.live is None else self.live
-        some, places = (np.flatnonzero(follows & live) for follows in (~self.last_of_document, self.followed))
-        frequency = np.bincount(self.values[some], None if self.counts is None else self.counts[some], minlength=size)
+        live = np.ones(self.slots, bool) if self.live is None else self.live
+        # of all that a document's last entry stands for, one is followed by nothing
+        followers = (1 if self.counts is None else self.counts) - self.last_of_document
+        frequency = np.bincount(self.values[live], followers[live], minlength=size)
+        places = np.flatnonzero(self.followed & live)
         before, after = self.values[places].astype(np.int64), self.values[places + 1].astype(np.int64)
         pairs = np.unique(before * size + after)
         counts = np.stack([frequency, np.bincount(pairs // size, minlength=size)], axis=1)
