@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memlm.errors import ConfigError, ModelError, UnsupportedArchitecture
+from memlm.errors import ConfigError, ModelError, ShapeError, UnsupportedArchitecture
 from memlm.layers import AttentionMemory, forget, memorize, memory_of
 from memlm.ops import nearest_keys
 from memlm.training import document_streams
@@ -125,6 +125,28 @@ def test_written_before_it_reads_a_pass_would_find_itself(monkeypatch):
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "memlm_memory", too_early)
     assert not torch.allclose(logits(model, text(), use_cache=False), plain, atol=1e-2)
+
+
+def test_one_mask_for_all_rows_is_that_of_each():
+    model = tiny_model("llama")
+    memorize(model, layers=[1], size=16, top_k=4)
+    with torch.no_grad():
+        model(text(1, 6).repeat(2, 1), attention_mask=torch.ones(1, 6))
+        first, second = model(text(1, 6, 1).repeat(2, 1)).logits
+    torch.testing.assert_close(second, first)
+
+
+def test_rows_that_there_are_not_cannot_be_reset():
+    model = tiny_model("llama")
+    memory = memorize(model, layers=[1], size=16, top_k=4)
+    logits(model, text(2, 6))
+    memory.reset([])
+    assert memory.state_dict()["1.written"].tolist() == [6, 6]
+    for rows in ([2], [-1], [True], [0.0, 1.0]):
+        with pytest.raises(ShapeError, match="reset has"):
+            memory.reset(rows)
+    memory.reset([1])
+    assert memory.state_dict()["1.written"].tolist() == [6, 0]
 
 
 def test_a_memory_of_size_0_is_none():
