@@ -120,7 +120,7 @@ def test_written_before_it_reads_a_pass_would_find_itself(monkeypatch):
 
     def too_early(*args, memlm_call, **kwargs):
         attend(*args, memlm_call=memlm_call, **kwargs)
-        memlm_call.memory.remember()
+        memlm_call.memory.begin(None)
         return attend(*args, memlm_call=memlm_call, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "memlm_memory", too_early)
@@ -253,6 +253,23 @@ def test_checkpointing_accumulation_and_autocast_give_the_same_gradients():
         assert half[name].isfinite().all()
     name = "model.layers.1.self_attn.memory.null"
     assert torch.allclose(plain[name], half[name], atol=0.3 * float(plain[name].abs().max()))
+
+
+@pytest.mark.parametrize("between", ["a pass", "reset"])
+def test_checkpointing_after_memory_went_on_is_refused(between):
+    model = tiny_model("llama").train()
+    memory = memorize(model, layers=[1], size=8, top_k=4)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for seed in range(2):
+        loss = model(text(1, 8, seed), labels=text(1, 8, seed), use_cache=False).loss
+        loss.backward()
+    loss = model(text(1, 8, 2), labels=text(1, 8, 2), use_cache=False).loss
+    if between == "reset":
+        memory.reset()
+    else:
+        model(text(1, 8, 3), use_cache=False)
+    with pytest.raises(ModelError, match=r"call backward\(\) before the next pass"):
+        loss.backward()
 
 
 def test_evaluation_aside_leaves_the_memory_of_training_alone():

@@ -220,8 +220,7 @@ class AttentionMemories:
             known = mask[:, -text.shape[1] :].bool()
             known = known.expand(text.shape[0], -1) if len(known) == 1 else known  # one mask for all rows
         for memory in self.memories.values():
-            memory.remember()
-            memory.known = known
+            memory.begin(known)
         if known is None and mask is not None and any(memory.writes for memory in self.memories.values()):
             raise ModelError(
                 "attention_mask does not say which tokens are padding; pass one of shape (batch, tokens), or run the "
