@@ -9,10 +9,12 @@ import torch
 from memlm import KnnMixture, attach
 from memlm.errors import ConfigError, ModelError
 from memlm.layers import (
+    Bank,
     ProductKeySettings,
     TensorRows,
     add_product_keys,
     add_row_reader,
+    add_trained_rows,
     forget,
     load_product_keys,
     load_row_reader,
@@ -158,3 +160,15 @@ def test_a_copy_with_a_reader_that_has_a_window_sees_its_padding_and_refuses_a_c
     cache = copied(ids[:, :5]).past_key_values
     with pytest.raises(ModelError, match="use_cache=False"):
         copied(ids[:, 5:6], past_key_values=cache)
+
+
+def test_a_reader_and_trained_rows_stay_float32_in_a_model_that_becomes_half(tmp_path):
+    model = copy.deepcopy(lm_of("llama").model)
+    with Bank.create(tmp_path / "bank", rows=16, key_width=0, value_width=4, moments=True) as bank:
+        rows = add_trained_rows(model, 0, bank, top_k=2)
+        put_reader(model)
+        fingerprint = reader_of(model).fingerprint()
+        model.to(torch.bfloat16)
+        assert logits_of(model).dtype == torch.bfloat16
+        assert {parameter.dtype for parameter in rows.parameters()} == {torch.float32}
+        assert reader_of(model).fingerprint() == fingerprint

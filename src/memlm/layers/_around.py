@@ -1,4 +1,4 @@
-"""Modules that stand in the place of a feed-forward layer and keep it: several may stand around one another."""
+"""What stands in the place of a feed-forward layer and keeps it, several around one another, and what it adds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..models import DecoderLayer
 
@@ -32,3 +32,14 @@ def modules_around(layer: DecoderLayer) -> Iterator[tuple[Callable[[nn.Module], 
     while isinstance(module, Around):
         yield put, module
         put, module = module.keep, module.kept()
+
+
+class Float32Module(nn.Module):
+    """A module that computes in float32 and stays it when the model around it becomes another type."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Float32Module:
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(moved, recurse)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DatastoreMismatch, ModelError
 from ..ops import read_rows
+from ._around import Float32Module
 from ._bank import Bank
 from ._rows import Rows
 
@@ -21,7 +22,7 @@ _SCALE = 10.0  # of cosines; 1 cannot be sharp
 _THRESHOLD = 0.5  # cosine of a row that weighs as much as nothing
 
 
-class RowReader(nn.Module):
+class RowReader(Float32Module):
     """Reads rows beside a feed-forward layer: out(Σ w_i v_i), with w from the cosine of query and key.
 
     Keys and queries are linear maps of what the feed-forward layer sees, normalized, at a position and at those right
