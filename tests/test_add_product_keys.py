@@ -249,6 +249,9 @@ def test_half_precision_by_autocast_and_as_the_models_type(placement):
     assert next(iter(product_key_memories(half).values())).values.dtype == torch.bfloat16
     assert logits(half).dtype == torch.bfloat16
     assert torch.isfinite(expected).all()
+    model.to(torch.bfloat16)
+    remove_product_keys(model)
+    assert torch.equal(logits(model), logits(tiny_model("llama").to(torch.bfloat16)))
 
 
 @pytest.mark.parametrize("placement", PLACES)

@@ -1,7 +1,9 @@
 """The table of rows on disk: what is written, undone, kept through a kill, published, and refused when damaged."""
 
+import copy
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -383,6 +385,13 @@ def test_damage_is_told(tmp_path, name, damage, message):
     for writable in (False, True):
         with pytest.raises(DatastoreCorrupt, match=message):
             Bank(tmp_path / "bank", writable=writable)
+
+
+def test_a_copy_is_the_table_itself_and_it_is_not_pickled(tmp_path):
+    with Bank.create(tmp_path / "bank", rows=4, key_width=0, value_width=2) as bank:
+        assert copy.deepcopy({"rows": bank})["rows"] is bank
+        with pytest.raises(DatastoreError, match="cannot be pickled"):
+            pickle.dumps(bank)
 
 
 def test_what_cannot_be_opened(tmp_path):

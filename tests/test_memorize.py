@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memlm.errors import ConfigError, ModelError, UnsupportedArchitecture
+from memlm.errors import ConfigError, ModelError, ShapeError, UnsupportedArchitecture
 from memlm.layers import AttentionMemory, forget, memorize, memory_of
 from memlm.ops import nearest_keys
 from memlm.training import document_streams
@@ -120,11 +120,33 @@ def test_written_before_it_reads_a_pass_would_find_itself(monkeypatch):
 
     def too_early(*args, memlm_call, **kwargs):
         attend(*args, memlm_call=memlm_call, **kwargs)
-        memlm_call.memory.remember()
+        memlm_call.memory.begin(None)
         return attend(*args, memlm_call=memlm_call, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "memlm_memory", too_early)
     assert not torch.allclose(logits(model, text(), use_cache=False), plain, atol=1e-2)
+
+
+def test_one_mask_for_all_rows_is_that_of_each():
+    model = tiny_model("llama")
+    memorize(model, layers=[1], size=16, top_k=4)
+    with torch.no_grad():
+        model(text(1, 6).repeat(2, 1), attention_mask=torch.ones(1, 6))
+        first, second = model(text(1, 6, 1).repeat(2, 1)).logits
+    torch.testing.assert_close(second, first)
+
+
+def test_rows_that_there_are_not_cannot_be_reset():
+    model = tiny_model("llama")
+    memory = memorize(model, layers=[1], size=16, top_k=4)
+    logits(model, text(2, 6))
+    memory.reset([])
+    assert memory.state_dict()["1.written"].tolist() == [6, 6]
+    for rows in ([2], [-1], [True], [0.0, 1.0]):
+        with pytest.raises(ShapeError, match="reset has"):
+            memory.reset(rows)
+    memory.reset([1])
+    assert memory.state_dict()["1.written"].tolist() == [6, 0]
 
 
 def test_a_memory_of_size_0_is_none():
@@ -231,6 +253,23 @@ def test_checkpointing_accumulation_and_autocast_give_the_same_gradients():
         assert half[name].isfinite().all()
     name = "model.layers.1.self_attn.memory.null"
     assert torch.allclose(plain[name], half[name], atol=0.3 * float(plain[name].abs().max()))
+
+
+@pytest.mark.parametrize("between", ["a pass", "reset"])
+def test_checkpointing_after_memory_went_on_is_refused(between):
+    model = tiny_model("llama").train()
+    memory = memorize(model, layers=[1], size=8, top_k=4)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for seed in range(2):
+        loss = model(text(1, 8, seed), labels=text(1, 8, seed), use_cache=False).loss
+        loss.backward()
+    loss = model(text(1, 8, 2), labels=text(1, 8, 2), use_cache=False).loss
+    if between == "reset":
+        memory.reset()
+    else:
+        model(text(1, 8, 3), use_cache=False)
+    with pytest.raises(ModelError, match=r"call backward\(\) before the next pass"):
+        loss.backward()
 
 
 def test_evaluation_aside_leaves_the_memory_of_training_alone():

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from memlm.errors import ConfigError, FormatVersionError, ModelError
+from memlm.errors import ConfigError, FormatVersionError, ModelError, ShapeError
 from memlm.layers import forget, load_attention_memory, memorize, memory_of, save_attention_memory
 from memorized import SOME, logits, text
 from tiny_models import tiny_model
@@ -58,12 +58,38 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         {name: tensor for name, tensor in tensors.items() if "gate" not in name},
         {name: tensor[:1] for name, tensor in tensors.items()},
         {name: tensor for name, tensor in tensors.items() if "written" not in name},
+        tensors | {"remembered.1.written": -tensors["remembered.1.written"]},
     ):
         rewritten(wrong)
         with pytest.raises(ModelError, match="does not fit this model"):
+            load_attention_memory(model, tmp_path)
+    for layers in ("1", ["1"], None):
+        rewritten(tensors, layers=layers)
+        with pytest.raises(ModelError, match="damaged"):
             load_attention_memory(model, tmp_path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ModelError, match="damaged"):
         load_attention_memory(model, tmp_path)
     with pytest.raises(ModelError, match="has no attention memory"):
         memory_of(model)
+
+
+def test_a_device_may_be_one_of_torch(tmp_path):
+    model = tiny_model("llama")
+    memorize(model, layers=[1], size=16, top_k=4, device=torch.device("cpu"))
+    save_attention_memory(model, tmp_path)
+    forget(model)
+    assert load_attention_memory(model, tmp_path).settings.device == "cpu"
+
+
+def test_what_another_model_remembers_is_refused(tmp_path):
+    model, other = tiny_model("llama"), tiny_model("gpt2")
+    memory = memorize(model, layers=[1], size=16, top_k=4)
+    logits(model, text())
+    save_attention_memory(model, tmp_path)
+    with pytest.raises(ModelError, match=r"does not fit this model: keys have shape \(2, 2, 16, 8\)"):
+        load_attention_memory(other, tmp_path)
+    with pytest.raises(ModelError, match="has no attention memory"):
+        memory_of(other)
+    with pytest.raises(ShapeError, match="the state is of layers 1; the memories are of layers 0"):
+        memorize(other, layers=[0], size=16, top_k=4).load_state_dict(memory.state_dict())

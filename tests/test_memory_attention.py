@@ -198,6 +198,8 @@ def test_a_ring_keeps_its_entries_where_it_is_told_to():
         ({"top_k": 0}, "top_k is 0"),
         ({"combine": "sum"}, "expected one of joint, gate, null_slot"),
         ({"device": "the moon"}, "device is 'the moon'; expected a name such as 'cpu'"),
+        ({"device": "meta"}, "of a device that is there"),
+        ({"device": [0]}, "of a device that is there"),
         ({"positions": True}, "expected one of none, first, rebased"),
         ({"projections": "own_keys"}, "would never learn: memory is written without gradient"),
     ],

@@ -7,18 +7,26 @@ import pytest
 import torch
 
 from memlm import KnnMixture, attach
+from memlm.errors import ConfigError, ModelError
 from memlm.layers import (
+    Bank,
     ProductKeySettings,
     TensorRows,
     add_product_keys,
     add_row_reader,
+    add_trained_rows,
     forget,
+    load_product_keys,
+    load_row_reader,
     memorize,
     memory_of,
     remove_beside,
     remove_product_keys,
+    save_product_keys,
+    save_row_reader,
     top_k_attention,
 )
+from memlm.layers._facts import reader_of
 from memlm.models import LanguageModel
 from tiny_memories import TEXTS, hooks_of, ids_of, lm_of, store
 from tiny_models import tiny_tokenizer
@@ -40,8 +48,8 @@ def put_product_keys(model):
     return lambda: remove_product_keys(model)
 
 
-def put_reader(model):
-    reader = add_row_reader(model, 1, key_width=8, value_width=8)
+def put_reader(model, layer=1, window=1):
+    reader = add_row_reader(model, layer, key_width=8, value_width=8, window=window)
     torch.nn.init.normal_(reader.out.weight)
     reader.rows = TensorRows(torch.eye(8), torch.randn(8, 8))
     return lambda: remove_beside(model, reader)
@@ -101,3 +109,66 @@ def test_all_of_them_generate_under_a_datastore_of_the_changed_model(tmp_path, f
     for remove in removals:
         remove()
     assert torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize("placement", ["beside", "replace"])
+@pytest.mark.parametrize("first", ["product keys", "reader"])
+@pytest.mark.parametrize("out", ["product keys", "reader"])
+def test_two_around_one_feed_forward_are_taken_out_in_any_order(placement, first, out):
+    model = copy.deepcopy(lm_of("llama").model)
+    before, names = logits_of(model), set(model.state_dict())
+    puts = {
+        "product keys": lambda: add_product_keys(model, [1], SETTINGS, placement=placement),
+        "reader": lambda: add_row_reader(model, 1),
+    }
+    made = {name: puts[name]() for name in sorted(puts, key=lambda name: name != first)}
+    for name in puts:
+        with pytest.raises(ConfigError, match="already"):
+            puts[name]()
+    removals = {
+        "product keys": lambda: remove_product_keys(model),
+        "reader": lambda: remove_beside(model, made["reader"]),
+    }
+    for name in sorted(removals, key=lambda name: name != out):
+        removals[name]()
+    assert torch.equal(logits_of(model), before)
+    assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("first", ["product keys", "reader"])
+def test_two_around_one_feed_forward_are_saved_and_loaded(first, tmp_path):
+    model, again = copy.deepcopy(lm_of("llama").model), copy.deepcopy(lm_of("llama").model)
+    puts = {"product keys": put_product_keys, "reader": lambda model: put_reader(model, 0)}
+    for name in sorted(puts, key=lambda name: name != first):
+        puts[name](model)
+    save_product_keys(model, tmp_path)
+    save_row_reader(model, tmp_path)
+    load_product_keys(again, tmp_path)
+    load_row_reader(again, tmp_path).rows = reader_of(model).rows
+    torch.testing.assert_close(logits_of(again), logits_of(model))
+
+
+def test_a_copy_with_a_reader_that_has_a_window_sees_its_padding_and_refuses_a_cache():
+    model = copy.deepcopy(lm_of("llama").model)
+    put_reader(model, 1, window=2)
+    copied, ids = copy.deepcopy(model), ids_of(TEXT)
+    mask = torch.ones_like(ids)
+    mask[:, :4] = 0
+    expected = model(ids, attention_mask=mask, use_cache=False).logits
+    assert torch.equal(copied(ids, attention_mask=mask, use_cache=False).logits[:, 4:], expected[:, 4:])
+    del model
+    cache = copied(ids[:, :5]).past_key_values
+    with pytest.raises(ModelError, match="use_cache=False"):
+        copied(ids[:, 5:6], past_key_values=cache)
+
+
+def test_a_reader_and_trained_rows_stay_float32_in_a_model_that_becomes_half(tmp_path):
+    model = copy.deepcopy(lm_of("llama").model)
+    with Bank.create(tmp_path / "bank", rows=16, key_width=0, value_width=4, moments=True) as bank:
+        rows = add_trained_rows(model, 0, bank, top_k=2)
+        put_reader(model)
+        fingerprint = reader_of(model).fingerprint()
+        model.to(torch.bfloat16)
+        assert logits_of(model).dtype == torch.bfloat16
+        assert {parameter.dtype for parameter in rows.parameters()} == {torch.float32}
+        assert reader_of(model).fingerprint() == fingerprint

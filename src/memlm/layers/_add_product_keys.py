@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError, UnsupportedArchitecture
 from ..models import DecoderLayer, decoder_layers
+from ._around import Around, modules_around
 from ._product_keys import ProductKeyMemory, ProductKeySettings
 
 Placement = Literal["beside", "replace"]
@@ -72,22 +73,23 @@ def remove_product_keys(model: Any) -> None:
     Raises:
         ModelError: The model has none.
     """
-    changed = list(changed_layers(model))
+    around = [item for layer in decoder_layers(model) for item in modules_around(layer)]
+    changed = [(put, module) for put, module in around if isinstance(module, BesideFeedForward | InPlaceOfFeedForward)]
     if not changed:
         raise ModelError(f"{type(model).__name__} has no memory of product keys; nothing to remove")
-    for layer, wrapper in changed:
-        setattr(layer.module, str(layer.feed_forward), wrapper.original())
+    for put, wrapper in changed:
+        put(wrapper.kept())
 
 
 def changed_layers(model: Any) -> Iterator[tuple[DecoderLayer, BesideFeedForward | InPlaceOfFeedForward]]:
     """Yield the layers that have a memory of product keys, with the module in the place of the feed-forward layer."""
     for layer in decoder_layers(model):
-        module = _feed_forward(layer)
-        if isinstance(module, BesideFeedForward | InPlaceOfFeedForward):
-            yield layer, module
+        for _, module in modules_around(layer):
+            if isinstance(module, BesideFeedForward | InPlaceOfFeedForward):
+                yield layer, module
 
 
-class BesideFeedForward(nn.Module):
+class BesideFeedForward(Around):
     """A feed-forward layer and a memory, added up. In the state it has the names of the layer, and `product_keys`."""
 
     placement: Placement = "beside"
@@ -109,12 +111,16 @@ class BesideFeedForward(nn.Module):
             return (output[0] + memory.view_as(output[0]), *output[1:])
         return output + memory.view_as(output)
 
-    def original(self) -> nn.Module:
+    def kept(self) -> nn.Module:
         """Return the feed-forward layer."""
         return self.feed_forward
 
+    def keep(self, module: nn.Module) -> None:
+        """Stand beside another one."""
+        self.feed_forward = module
 
-class InPlaceOfFeedForward(nn.Module):
+
+class InPlaceOfFeedForward(Around):
     """A memory where a feed-forward layer was."""
 
     placement: Placement = "replace"
@@ -131,9 +137,18 @@ class InPlaceOfFeedForward(nn.Module):
         output = self.product_keys(hidden)
         return output if residual is None else output + residual
 
-    def original(self) -> nn.Module:
+    def kept(self) -> nn.Module:
         """Return the feed-forward layer, on the memory's device and in its mode."""
         return self._replaced[0].to(self.product_keys.values.device).train(self.training)
+
+    def keep(self, module: nn.Module) -> None:
+        """Stand in the place of another one."""
+        self._replaced[0] = module
+
+    def _apply(self, fn: Any, recurse: bool = True) -> InPlaceOfFeedForward:
+        """Let the layer follow where the model's type changes, so that it fits when it is put back."""
+        self._replaced[0]._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
 
 def _leave_out_name(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
@@ -163,8 +178,10 @@ def _check(layer: DecoderLayer, placement: Placement) -> None:
         raise UnsupportedArchitecture(
             f"the feed-forward of {layer.path} is no module of its own; product keys cannot stand there"
         )
-    if isinstance(feed_forward, BesideFeedForward | InPlaceOfFeedForward):
-        raise ConfigError(f"layer {layer.index} has a memory of product keys already; take it out first")
+    for _, module in modules_around(layer):
+        if isinstance(module, BesideFeedForward | InPlaceOfFeedForward):
+            raise ConfigError(f"layer {layer.index} has a memory of product keys already; take it out first")
+        feed_forward = module.kept()
     if placement == "replace" and hasattr(feed_forward, "experts"):
         raise UnsupportedArchitecture(
             f"the feed-forward of {layer.path} is a mixture of experts, whose router others listen to; expected "

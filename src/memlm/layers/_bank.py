@@ -346,6 +346,13 @@ class Bank:
             self.commit(self.committed.tensors, self.committed.note)
         self.close()
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Bank:
+        """Return the table itself: a copy of a model reads the same one, and its lock is that of one process."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise DatastoreError(f"{self.folder} is a table on disk and cannot be pickled; open it again by its folder")
+
     def __repr__(self) -> str:
         return f"Bank({str(self.folder)!r}, {self._count:,} of {self.rows:,} rows written)"
 

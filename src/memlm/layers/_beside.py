@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError, UnsupportedArchitecture
 from ..models import DecoderLayer, decoder_layers, find_decoder
+from ._around import Around, modules_around
 from ._reader import RowReader
 
 
-class Beside(nn.Module):
+class Beside(Around):
     """A feed-forward whose output has another module's added, which sees the same input.
 
     Args:
@@ -35,6 +35,14 @@ class Beside(nn.Module):
         if isinstance(output, tuple):  # experts return their routing, too
             return (output[0] + self.added(hidden).reshape(output[0].shape), *output[1:])
         return output + self.added(hidden)
+
+    def kept(self) -> nn.Module:
+        """Return the feed-forward."""
+        return self.inner
+
+    def keep(self, module: nn.Module) -> None:
+        """Stand beside another one."""
+        self.inner = module
 
 
 def _shorten(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -62,10 +70,12 @@ def put_beside(model: Any, layer: int, added: nn.Module) -> None:
         UnsupportedArchitecture: The layer has no feed-forward module.
     """
     found = feed_forward_of(model, layer)
-    if isinstance(inner := _inner(found), Beside):
-        raise ConfigError(
-            f"{found.path} has a {type(inner.added).__name__} already; remove it first, or name another layer"
-        )
+    inner = getattr(found.module, str(found.feed_forward))
+    for _, module in modules_around(found):
+        if isinstance(module, Beside):
+            raise ConfigError(
+                f"{found.path} has a {type(module.added).__name__} already; remove it first, or name another layer"
+            )
     added.to(next(inner.parameters()).device)
     setattr(found.module, str(found.feed_forward), Beside(inner, added))
 
@@ -73,12 +83,12 @@ def put_beside(model: Any, layer: int, added: nn.Module) -> None:
 def remove_beside(model: Any, added: nn.Module) -> None:
     """Undo `put_beside`: the model is bit for bit what it was."""
     for layer in decoder_layers(model):
-        inner = _inner(layer) if layer.feed_forward else None
-        if isinstance(inner, Beside) and inner.added is added:
-            setattr(layer.module, str(layer.feed_forward), inner.inner)
-            if getattr(added, "hook", None) is not None:
-                added.hook.remove()  # type: ignore[union-attr]
-            return
+        for put, module in modules_around(layer):
+            if isinstance(module, Beside) and module.added is added:
+                put(module.inner)
+                if getattr(added, "hook", None) is not None:
+                    added.hook.remove()  # type: ignore[union-attr]
+                return
     raise ModelError(
         f"the {type(added).__name__} is beside no layer of this {type(model).__name__}; it was removed already"
     )
@@ -98,10 +108,6 @@ def feed_forward_of(model: Any, layer: int) -> DecoderLayer:
     return found
 
 
-def _inner(layer: DecoderLayer) -> nn.Module:
-    return getattr(layer.module, str(layer.feed_forward))
-
-
 def add_row_reader(model: Any, layer: int, **settings: Any) -> RowReader:
     """Put a new `RowReader` beside the feed-forward of a layer, in place; it adds nothing before it is trained.
 
@@ -115,22 +121,6 @@ def add_row_reader(model: Any, layer: int, **settings: Any) -> RowReader:
     reader = RowReader(hidden, width, **settings)
     put_beside(model, layer, reader)
     if reader.window > 1:
-        found = weakref.ref(reader)
-        reader.hook = find_decoder(model).register_forward_pre_hook(
-            lambda module, args, kwargs: _look(found(), kwargs), with_kwargs=True
-        )
+        # a method of the reader: in a copy of the model it is that of the copy's reader
+        reader.hook = find_decoder(model).register_forward_pre_hook(reader.look, with_kwargs=True)
     return reader
-
-
-def _look(reader: RowReader | None, kwargs: dict[str, Any]) -> None:
-    """Tell a reader with a window which positions are text, and refuse a pass that does not have them all."""
-    if reader is None:
-        return
-    past = kwargs.get("past_key_values")
-    if past is not None and past.get_seq_length():
-        raise ModelError(
-            f"the reader of rows looks at the last {reader.window} positions, and a cache of keys and values leaves "
-            "earlier ones out; call generate(…, use_cache=False)"
-        )
-    mask = kwargs.get("attention_mask")
-    reader.known = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None

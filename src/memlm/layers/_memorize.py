@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..errors import ConfigError, ModelError, UnsupportedArchitecture
+from ..errors import ConfigError, ModelError, ShapeError, UnsupportedArchitecture
 from ..models import decoder_layers, find_decoder
 from ._memory_attention import AttentionMemory, Local
 from ._memory_settings import AttentionMemorySettings
@@ -64,6 +64,7 @@ class AttentionMemories:
     def __init__(self, model: Any, settings: AttentionMemorySettings) -> None:
         self.model, self.settings = model, settings
         self.memories: dict[int, AttentionMemory] = {}
+        self._shapes: dict[int, tuple[int, int]] = {}  # key heads and their width
         self._wrapped: list[_Wrapped] = []
         self._decoder: Any = find_decoder(model)
         self._decoder._memlm_memory = self  # type: ignore[bad-argument-type]
@@ -74,6 +75,9 @@ class AttentionMemories:
 
         Args:
             rows: Bool, shape (rows,), or row numbers; None forgets all, and a batch may then have other rows.
+
+        Raises:
+            ShapeError: They are not those of the memory.
         """
         chosen = None if rows is None else torch.as_tensor(rows)
         for memory in self.memories.values():
@@ -139,8 +143,18 @@ class AttentionMemories:
         """Remember what `state_dict` gave.
 
         Raises:
-            ShapeError: It is of memories of another size.
+            ShapeError: It is of memories of another size, or of another model's.
         """
+        layers = {name.split(".", 1)[0] for name in state}
+        if not layers <= {str(number) for number in self.memories}:
+            raise ShapeError(
+                f"the state is of layers {', '.join(sorted(layers))}; the memories are of layers "
+                f"{', '.join(map(str, self.memories))}"
+            )
+        for number, shape in self._shapes.items():
+            keys = state.get(f"{number}.keys")
+            if keys is not None and keys.shape[1::2] != shape:
+                raise ShapeError(f"keys have shape {tuple(keys.shape)}; layer {number} has heads and widths {shape}")
         for number, memory in self.memories.items():
             own = {name.split(".", 1)[1]: tensor for name, tensor in state.items() if name.startswith(f"{number}.")}
             memory.remember()
@@ -179,6 +193,7 @@ class AttentionMemories:
         weight = next(attention.parameters())
         attention.memory = memory.to(device=weight.device, dtype=weight.dtype)
         self.memories[number] = memory
+        self._shapes[number] = (getattr(config, "num_key_value_heads", None) or heads, head_width)
         attention.config = copy.copy(config)
         attention.config._attn_implementation = _FUNCTION
 
@@ -200,10 +215,12 @@ class AttentionMemories:
         given = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
         text = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         mask = given.get("attention_mask")
-        known = mask[:, -text.shape[1] :].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        known = None
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            known = mask[:, -text.shape[1] :].bool()
+            known = known.expand(text.shape[0], -1) if len(known) == 1 else known  # one mask for all rows
         for memory in self.memories.values():
-            memory.remember()
-            memory.known = known
+            memory.begin(known)
         if known is None and mask is not None and any(memory.writes for memory in self.memories.values()):
             raise ModelError(
                 "attention_mask does not say which tokens are padding; pass one of shape (batch, tokens), or run the "

@@ -88,6 +88,7 @@ class AttentionMemory(nn.Module):
         self.known: Tensor | None = None  # which tokens of this pass are text, bool, shape (batch, tokens); None is all
         self._rotary: Any = rotary
         self._waiting: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._begun = False  # a pass that has not left anything yet
         self._cache: weakref.ref[Any] | None = None  # that of the last pass …
         self._length = 0  # … how long it was then …
         self._passed: Tensor | int = 0  # … and how many of its tokens of each row were not remembered
@@ -107,6 +108,11 @@ class AttentionMemory(nn.Module):
     def waits(self) -> bool:
         """Whether a pass left something that `remember` will write."""
         return self._waiting is not None
+
+    def begin(self, known: Tensor | None) -> None:
+        """Begin a pass, of whose tokens some are text: what the last one left is remembered."""
+        self.remember()
+        self.known, self._begun = known, True
 
     def remember(self) -> None:
         """Write what the last pass left."""
@@ -131,8 +137,15 @@ class AttentionMemory(nn.Module):
             self._length = cache.get_seq_length(layer) + tokens
 
     def leave(self, keys: Tensor, values: Tensor) -> None:
-        """Let keys and values, shape (batch, key heads, tokens, d), un-rotated, wait for the next pass."""
-        if self.writes and self.settings.size:
+        """Let keys and values, shape (batch, key heads, tokens, d), un-rotated, wait for the next pass.
+
+        Raises:
+            ModelError: A pass is computed again, and memory has gone on since.
+        """
+        begun, self._begun = self._begun, False
+        if not begun:  # gradient checkpointing
+            self._check_last(keys)
+        elif self.writes and self.settings.size:
             self._waiting = keys.detach(), values.detach(), self.known
         elif not self.writes:
             self._passed = self._passed + (keys.shape[2] if self.known is None else self.known.sum(1, True))
@@ -196,6 +209,16 @@ class AttentionMemory(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.settings).items())
+
+    def _check_last(self, keys: Tensor) -> None:
+        if not self.writes or not self.settings.size:
+            return
+        waiting = None if self._waiting is None else self._waiting[0]
+        if waiting is None or waiting.shape != keys.shape or not torch.allclose(waiting, keys, 0.01, 0.01, True):
+            raise ModelError(
+                "gradient checkpointing computes a pass again whose keys are in memory by now, or are forgotten; call "
+                "backward() before the next pass, and before reset() and other uses of the memory"
+            )
 
     def _copies(self, batch: int) -> int:
         """Return how many rows of the batch read each row of memory."""

@@ -39,9 +39,8 @@ class AttentionMemorySettings:
             falls by 0.001 a token.
         projections: `shared`, memory and local attention have all of them in common (Wu et al. 2022). `own_queries`
             adds a projection for queries to memory, which starts as a copy.
-
         device: Where it is remembered and searched, such as "cpu" for memories that are too large for the device of the
-            layer; None is that device.
+            layer; None is that device. A torch.device becomes its name.
 
     Raises:
         ConfigError: A setting has a value that cannot work.
@@ -54,7 +53,7 @@ class AttentionMemorySettings:
     positions: str = "none"
     drop_off: str = "none"
     projections: str = "shared"
-    device: str | None = None
+    device: str | torch.device | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("size", 0), ("top_k", 1)):
@@ -66,7 +65,11 @@ class AttentionMemorySettings:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
-        try:
-            torch.device(self.device or "cpu")
-        except RuntimeError:
-            raise ConfigError(f"device is {self.device!r}; expected a name such as 'cpu' or 'cuda:0'") from None
+        if self.device is not None:
+            try:
+                torch.empty(1, device=self.device).tolist()  # "meta" has no numbers to give, other names no device
+            except (RuntimeError, AssertionError, TypeError):
+                raise ConfigError(
+                    f"device is {self.device!r}; expected a name such as 'cpu' or 'cuda:0', of a device that is there"
+                ) from None
+            object.__setattr__(self, "device", str(torch.device(self.device)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DatastoreMismatch, ModelError
 from ..ops import read_rows
+from ._around import Float32Module
 from ._bank import Bank
 from ._rows import Rows
 
@@ -21,7 +22,7 @@ _SCALE = 10.0  # of cosines; 1 cannot be sharp
 _THRESHOLD = 0.5  # cosine of a row that weighs as much as nothing
 
 
-class RowReader(nn.Module):
+class RowReader(Float32Module):
     """Reads rows beside a feed-forward layer: out(Σ w_i v_i), with w from the cosine of query and key.
 
     Keys and queries are linear maps of what the feed-forward layer sees, normalized, at a position and at those right
@@ -140,6 +141,21 @@ class RowReader(nn.Module):
         """
         following = F.layer_norm(following.float(), following.shape[-1:])
         return F.normalize(self.key(windows), dim=-1), self.value(following)
+
+    def look(self, _decoder: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook before the decoder, with a window of more than one: which positions are text.
+
+        Raises:
+            ModelError: The pass does not have all positions.
+        """
+        past = kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length():
+            raise ModelError(
+                f"the reader of rows looks at the last {self.window} positions, and a cache of keys and values leaves "
+                "earlier ones out; call generate(…, use_cache=False)"
+            )
+        mask = kwargs.get("attention_mask")
+        self.known = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     @contextmanager
     def reading(self, rows: Rows | None) -> Iterator[None]:

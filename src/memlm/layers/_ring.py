@@ -85,7 +85,7 @@ class Ring:
         device: Where they are; None is where the first that is written is. What is found is returned to the queries'.
     """
 
-    def __init__(self, size: int, device: str | None = None) -> None:
+    def __init__(self, size: int, device: str | torch.device | None = None) -> None:
         self.size, self.device = size, device
         self._keys = self._values = torch.empty(0)
         self._written = torch.zeros(0, dtype=torch.int64)
@@ -182,7 +182,7 @@ class Ring:
             rows: Bool, shape (rows,), or int64 row numbers; None is all.
 
         Raises:
-            ShapeError: There is not one flag a row.
+            ShapeError: There is not one flag a row, or no row of a number.
         """
         if rows is None:
             self._keys = self._values = torch.empty(0)
@@ -190,7 +190,11 @@ class Ring:
         elif self.rows:
             if rows.dtype == torch.bool and rows.shape != self._written.shape:
                 raise ShapeError(f"reset has flags of shape {tuple(rows.shape)}; this memory has {self.rows} rows")
-            self._written[rows.to(self._written.device)] = 0
+            if not rows.numel():
+                return
+            if rows.is_floating_point() or (rows.dtype != torch.bool and not 0 <= rows.min() <= rows.max() < self.rows):
+                raise ShapeError(f"reset has {rows.tolist()}; expected flags, or row numbers from 0 to {self.rows - 1}")
+            self._written[rows.to(self._written.device, torch.bool if rows.dtype == torch.bool else torch.int64)] = 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the buffers themselves, not copies; none before anything was written."""
@@ -208,7 +212,8 @@ class Ring:
             self.reset()
             return
         keys, values, written = state["keys"], state["values"], state["written"]
-        if keys.ndim != 4 or keys.shape != values.shape or written.shape != keys.shape[:1]:
+        counts = written.dtype == torch.int64 and bool((written >= 0).all())
+        if keys.ndim != 4 or keys.shape != values.shape or written.shape != keys.shape[:1] or not counts:
             raise ShapeError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} are not those of a memory")
         if keys.shape[2] != self.size:
             raise ShapeError(f"the state is of a memory of {keys.shape[2]} entries, this one has {self.size}")

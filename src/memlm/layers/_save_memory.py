@@ -62,6 +62,8 @@ def load_attention_memory(model: Any, folder: str | Path) -> AttentionMemories:
             described = json.loads((file.metadata() or {})["memlm"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         version, layers, settings = (described[name] for name in ("version", "layers", "settings"))
+        if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
+            raise ValueError(f"its layers are {layers!r}")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} is damaged or no attention memory: {error}") from error
     if version != _VERSION:

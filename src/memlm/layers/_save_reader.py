@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 from ..errors import ConfigError, DatastoreCorrupt, DatastoreMismatch, FormatVersionError
 from ..files import write_atomically, write_json
 from ..models import decoder_layers
+from ._around import modules_around
 from ._beside import Beside, add_row_reader, remove_beside
 from ._facts import reader_of
 from ._reader import RowReader
@@ -29,7 +30,12 @@ def save_row_reader(model: Any, folder: str | Path) -> None:
     """
     folder, reader = Path(folder), reader_of(model)
     folder.mkdir(parents=True, exist_ok=True)
-    layer = next(item.index for item in decoder_layers(model) if _is_beside(item, reader))
+    layer = next(
+        layer.index
+        for layer in decoder_layers(model)
+        for _, module in modules_around(layer)
+        if isinstance(module, Beside) and module.added is reader
+    )
     described = {"format": "memlm-row-reader", "version": VERSION, "layer": layer}
     described |= {"model_type": model.config.model_type}
     shape = reader.key.out_features, reader.value.out_features, reader.top_k, reader.window
@@ -74,8 +80,3 @@ def load_row_reader(model: Any, folder: str | Path) -> RowReader:
         )
     reader.load_state_dict(tensors)
     return reader
-
-
-def _is_beside(layer: Any, reader: RowReader) -> bool:
-    module = getattr(layer.module, layer.feed_forward) if layer.feed_forward else None
-    return isinstance(module, Beside) and module.added is reader

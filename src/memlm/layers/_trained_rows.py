@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DatastoreMismatch
 from ..ops import product_key_top_k, read_slots, row_adam
+from ._around import Float32Module
 from ._bank import Bank
 from ._beside import put_beside
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")  # of torch's AdamW, for each parameter
 
 
-class TrainedRows(nn.Module):
+class TrainedRows(Float32Module):
     """Product keys whose values are the rows of a table on disk; the sum of what the heads read is projected to the
     model.
 
