@@ -125,7 +125,7 @@ def test_writing_before_reading_lets_a_segment_find_itself(trained, monkeypatch)
 
     def too_early(*args, memlm_call, **kwargs):
         attend(*args, memlm_call=memlm_call, **kwargs)
-        memlm_call.memory.remember()
+        memlm_call.memory.begin(None)
         return attend(*args, memlm_call=memlm_call, **kwargs)
 
     def first():
