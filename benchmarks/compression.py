@@ -34,24 +34,34 @@ ROWS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    options = arguments(__doc__, entries=300_000)
+    lm = memlm.load(options.model, dtype="float32")
+    texts = prepare(lm, options, index="exact")
+    for key_dtype, width in ROWS:
+        for corpus, (valid, test) in texts.items():
+            add(corpus, measure(lm, options.work / corpus, valid, test, key_dtype, width))
+
+
+def arguments(description: str, entries: int) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--corpora", default="law,code")
-    parser.add_argument("--entries", type=int, default=300_000)
+    parser.add_argument("--entries", type=int, default=entries)
     parser.add_argument("--model", default="reference")
-    options = parser.parse_args()
-    lm = memlm.load(options.model, dtype="float32")
+    return parser.parse_args()
+
+
+def prepare(lm: Any, options: argparse.Namespace, index: str) -> dict[str, list[Text]]:
+    """Build the datastore of every corpus, unless it is there; return its texts of `HELD_OUT`."""
     texts = {}
     for corpus in options.corpora.split(","):
         texts[corpus] = [Text(lm, pieces(options.data / f"{corpus}.{name}.jsonl.xz"), TOKENS) for name in HELD_OUT]
         if not (options.work / corpus).exists():
             train = list(memlm.Corpus(options.data / f"{corpus}.train.jsonl.xz"))
             train = cut_documents(lm, train, options.entries)
-            memlm.Datastore.build(lm, train, options.work / corpus, index="exact")
-    for key_dtype, width in ROWS:
-        for corpus, (valid, test) in texts.items():
-            add(corpus, measure(lm, options.work / corpus, valid, test, key_dtype, width))
+            memlm.Datastore.build(lm, train, options.work / corpus, index=index)
+    return texts
 
 
 def measure(lm: Any, built: Path, valid: Text, test: Text, key_dtype: str, width: int) -> dict[str, Any]:

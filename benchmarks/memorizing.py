@@ -29,14 +29,21 @@ import memlm
 from memlm.evaluation._bootstrap import paired_bootstrap, units
 from memlm.layers import AttentionMemories, forget, memorize
 from memlm.recipes._copying import CopyingLM, losses_of
-from memlm.training import document_streams, train_tokenizer
+from memlm.training import ModelShape, document_streams, train_tokenizer
 
 from .squat import documents_of
 
 RESULTS = Path(__file__).parent / "results"
 CORPORA = ("isabelle", "code", "novels")
 VOCABULARY, LENGTH, TOP_K = 2048, 128, 32  # LENGTH: tokens a segment
-SHAPE = {"vocabulary": VOCABULARY, "layers": 2, "width": 128, "feed_forward": 344, "heads": 2, "length": LENGTH}
+SHAPE = ModelShape(
+    vocab_size=VOCABULARY,
+    hidden_size=128,
+    intermediate_size=344,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=LENGTH,
+)
 ROWS, STEPS, RATE, FALLING, TRAINED = 16, 400, 2e-3, 0.2, 4096  # TRAINED: tokens of memory while training
 SIZES = (0, 512, 2048, 8192, 32768)
 DOCUMENTS, LONGEST = 2, 33_024  # test documents, and how much of each
@@ -117,7 +124,7 @@ def train(options: argparse.Namespace, corpus: str, arm: str) -> None:
     turn = round(options.steps * (1 - FALLING))
     first = turn if arm in ("none", "tuned") else 0
     stop = turn if arm == "start" else options.steps
-    model = CopyingLM(**SHAPE, seed=0).train()
+    model = CopyingLM(SHAPE, seed=0).train()
     drop_off = "none" if arm == "memory-no-drop-off" else "age"
     memory = model.remember(0 if arm in ("start", "none") else TRAINED, TOP_K, drop_off)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
@@ -171,7 +178,7 @@ def curve(options: argparse.Namespace, corpus: str) -> dict[str, Any]:
         for size in arm.sizes:
             row = f"{name}, {size}" if size >= 0 else f"{name}, {-size}, of the other document"
             path = place(options, corpus, row).with_suffix(".npy")
-            model = CopyingLM(**SHAPE, seed=0).eval()
+            model = CopyingLM(SHAPE, seed=0).eval()
             memory = model.remember(abs(size), TOP_K, arm.drop_off)
             model.load_state_dict(
                 state, strict=False
@@ -235,7 +242,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         "    python -m benchmarks.memorizing DATA --runs FOLDER",
         "",
-        f"A Llama of two layers and width {SHAPE['width']} for each corpus, over a byte-level BPE vocabulary of {VOCABULARY:,} made of the",
+        f"A Llama of two layers and width {SHAPE.hidden_size} for each corpus, over a byte-level BPE vocabulary of {VOCABULARY:,} made of the",
         "corpus. Its embedding sees the token before; the upper layer has memory, no positions, and starts as a head that copies",
         f"(training for minutes would not find it). Joint softmax, top_k {TOP_K}, queries and keys of length 1. *none* was trained without",
         f"memory: with memory, it is a joint softmax without any training; *by age*, with a drop-off of {WORN:g} nats a token that nobody",

@@ -2,14 +2,14 @@
 
     python -m benchmarks.pruning DATA_FOLDER WORK_FOLDER [--corpora law,code] [--entries 100000]
 
-DATA_FOLDER holds `<corpus>.{train,valid,test}.jsonl.xz`. A corpus' datastore comes from `train` (kept in WORK_FOLDER) and is pruned in one way after another, each time from what was built. k, temperature
-and λ are tuned on 20 k tokens of `valid` for each way by itself, and 20 k tokens of `test` are scored once. Results are added
-to benchmarks/results/pruning.json row by row, and tabulated in pruning.md.
+DATA_FOLDER holds `<corpus>.{train,valid,test}.jsonl.xz`. A corpus' datastore comes from `train` (kept in WORK_FOLDER) and
+is pruned in one way after another, each time from what was built. k, temperature and λ are tuned on 20 k tokens of
+`valid` for each way by itself, and 20 k tokens of `test` are scored once. Results are added to
+benchmarks/results/pruning.json row by row, and tabulated in pruning.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 import memlm
-from benchmarks.compression import HELD_OUT, RESULTS
-from benchmarks.knn_lm import TOKENS, cut_documents, pieces, report
+from benchmarks.compression import RESULTS, arguments, prepare
+from benchmarks.knn_lm import report
 from memlm.datastore._compact import rewrite
 from memlm.datastore._datastore import _indexing
 from memlm.datastore._stored import Directory
@@ -37,22 +37,11 @@ COMPRESSED = 8  # a row whose keys are then compressed, too
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--corpora", default="law,code")
-    parser.add_argument("--entries", type=int, default=100_000)
-    parser.add_argument("--model", default="reference")
-    options = parser.parse_args()
+    options = arguments(__doc__, entries=100_000)
     lm = memlm.load(options.model, dtype="float32")
-    texts = {}
-    for corpus in options.corpora.split(","):
-        texts[corpus] = [Text(lm, pieces(options.data / f"{corpus}.{name}.jsonl.xz"), TOKENS) for name in HELD_OUT]
-        if not (options.work / corpus).exists():
-            train = list(memlm.Corpus(options.data / f"{corpus}.train.jsonl.xz"))
-            train = cut_documents(lm, train, options.entries)
-            memlm.Datastore.build(lm, train, options.work / corpus, index=INDEX)
-        add(corpus, BUILT, measure(lm, options.work / corpus, *texts[corpus], lambda memory: None))
+    texts = prepare(lm, options, INDEX)
+    for corpus, (valid, test) in texts.items():
+        add(corpus, BUILT, measure(lm, options.work / corpus, valid, test, lambda memory: None))
     for neighbors, distance in MERGED:
         for corpus, (valid, test) in texts.items():
             built = options.work / corpus

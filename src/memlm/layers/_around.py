@@ -1,26 +1,27 @@
-"""What stands in the place of a feed-forward layer and keeps it, several around one another, and what it adds."""
+"""What stands in the place of a feed-forward layer and keeps it, several around one another."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..models import DecoderLayer
 
 
-class Around(nn.Module):
+class Around(nn.Module, ABC):
     """A module in the place of a feed-forward layer, which it keeps."""
 
+    @abstractmethod
     def kept(self) -> Any:
         """Return what it stands around."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keep(self, module: nn.Module) -> None:
         """Stand around another module."""
-        raise NotImplementedError
 
 
 def modules_around(layer: DecoderLayer) -> Iterator[tuple[Callable[[nn.Module], None], Around]]:
@@ -32,14 +33,3 @@ def modules_around(layer: DecoderLayer) -> Iterator[tuple[Callable[[nn.Module], 
     while isinstance(module, Around):
         yield put, module
         put, module = module.keep, module.kept()
-
-
-class Float32Module(nn.Module):
-    """A module that computes in float32 and stays it when the model around it becomes another type."""
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Float32Module:
-        def moved(tensor: Tensor) -> Tensor:
-            found = fn(tensor)
-            return found if found.dtype == tensor.dtype else tensor.to(found.device)
-
-        return super()._apply(moved, recurse)

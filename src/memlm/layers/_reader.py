@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DatastoreMismatch, ModelError
 from ..ops import read_rows
-from ._around import Float32Module
 from ._bank import Bank
+from ._float32 import Float32Module
 from ._rows import Rows
 
 _SCALE = 10.0  # of cosines; 1 cannot be sharp

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DatastoreMismatch
 from ..ops import product_key_top_k, read_slots, row_adam
-from ._around import Float32Module
 from ._bank import Bank
 from ._beside import put_beside
+from ._float32 import Float32Module
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")  # of torch's AdamW, for each parameter
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from ..layers import AttentionMemories, memorize
-from ..training import StreamBatch
+from ..training import ModelShape, StreamBatch
 
 _SCALE = 20.0  # of the last layer's queries and keys, whose length is 1
 
@@ -22,34 +25,15 @@ class CopyingLM(nn.Module):
     queries and keys have length 1.
 
     Args:
-        vocabulary: Tokens.
-        layers: Decoder layers, the last of which may have a memory.
-        width: Of the states …
-        feed_forward: … and of the feed-forward layers.
-        heads: Of attention.
-        length: Tokens of the longest segment.
+        shape: Of the Llama; its last layer may have a memory.
         seed: Of the random weights.
     """
 
-    def __init__(
-        self, *, vocabulary: int, layers: int, width: int, feed_forward: int, heads: int, length: int, seed: int
-    ) -> None:
+    def __init__(self, shape: ModelShape, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        config = SmolLM3Config(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=feed_forward,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=length,
-            no_rope_layers=[1] * (layers - 1) + [0],
-            tie_word_embeddings=True,
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+        layers, width = shape.num_hidden_layers, shape.hidden_size
+        config = SmolLM3Config(**_settings(shape), no_rope_layers=[1] * (layers - 1) + [0])
         self.lm = SmolLM3ForCausalLM(config)
         self.turn = nn.Linear(width, width, bias=False)
         last, one = self.lm.model.layers[-1].self_attn, torch.eye(width)
@@ -85,25 +69,10 @@ class CopyingLM(nn.Module):
 class PlainLM(nn.Module):
     """A Llama as it comes, to compare with; the arguments are those of `CopyingLM`."""
 
-    def __init__(
-        self, *, vocabulary: int, layers: int, width: int, feed_forward: int, heads: int, length: int, seed: int
-    ) -> None:
+    def __init__(self, shape: ModelShape, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=feed_forward,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=length,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-        self.lm = LlamaForCausalLM(config)
+        self.lm = LlamaForCausalLM(LlamaConfig(**_settings(shape)))
 
     def forward(self, batch: StreamBatch, before: Tensor) -> Tensor:
         """Return logits, shape (rows, length, vocabulary); the token before is not looked at."""
@@ -118,3 +87,9 @@ def losses_of(model: CopyingLM | PlainLM, batch: StreamBatch, before: Tensor) ->
     """Return the nats of every target, shape (rows, length); 0 for padding."""
     logits = model(batch, before)
     return nn.functional.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
+
+
+def _settings(shape: ModelShape) -> dict[str, Any]:
+    """Return what a configuration needs to be told."""
+    tied = {"num_key_value_heads": shape.num_attention_heads, "tie_word_embeddings": True}
+    return dataclasses.asdict(shape) | tied | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))

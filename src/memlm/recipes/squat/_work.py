@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ...documents import Corpus
 from ...layers import AttentionMemories
-from ...training import StreamBatch, document_streams
+from ...training import ModelShape, StreamBatch, document_streams
 from .._copying import CopyingLM, PlainLM, losses_of
 from .._experiment import Measured, Row, Task
 from . import _rows as rows
@@ -71,15 +71,15 @@ def length_of(sizes: Sizes, arm: str) -> int:
 def new_model(sizes: Sizes, arm: str, seed: int) -> CopyingLM | PlainLM:
     """Return a small model that copies, or a plain one; all else of it is random."""
     deep = arm in DEEP
-    return (PlainLM if arm == "deep-plain" else CopyingLM)(
-        vocabulary=sizes.vocabulary,
-        layers=sizes.deep_layers if deep else sizes.layers,
-        width=sizes.deep_width if deep else sizes.width,
-        feed_forward=sizes.deep_feed_forward if deep else sizes.feed_forward,
-        heads=sizes.deep_heads if deep else sizes.heads,
-        length=length_of(sizes, arm),
-        seed=seed,
+    shape = ModelShape(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.deep_width if deep else sizes.width,
+        intermediate_size=sizes.deep_feed_forward if deep else sizes.feed_forward,
+        num_hidden_layers=sizes.deep_layers if deep else sizes.layers,
+        num_attention_heads=sizes.deep_heads if deep else sizes.heads,
+        max_position_embeddings=length_of(sizes, arm),
     )
+    return (PlainLM if arm == "deep-plain" else CopyingLM)(shape, seed)
 
 
 def train(
